@@ -1,0 +1,292 @@
+"""The embedded world: procedural scenes, edits told in English, and a judge that is exact because it knows the scene.
+
+A picture is 48 x 48 pixels: a plain background and a 3 x 3 grid of 16-pixel cells, each empty or holding one object
+(shape, colour, material). One cell is one packed latent token of the embedded editor. An edit carries one of EdiVal's
+type names, changes the scene in one place and is told in one of several phrasings. A dialogue is planned on the scene
+as it *should* look after the earlier edits, so a later instruction may speak of an object that an earlier one made.
+
+    scene = sample_scene(rng);  instruction, kind, after = sample_edit(scene, rng);  render([scene, after])
+    judge(pictures, befores, afters)     # symbolic success, graded instruction following, content consistency
+
+Everything is a pure function of a `random.Random`. Needs numpy and PIL only.
+"""
+import random
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+COLORS = {"red": (222, 38, 38), "yellow": (246, 208, 30), "green": (30, 150, 62), "blue": (36, 84, 224),
+          "purple": (150, 50, 190), "black": (28, 28, 34)}
+MATERIALS = ("plastic", "wooden", "metal")
+BACKGROUNDS = {"white": (250, 250, 250), "gray": (176, 178, 184), "sky": (164, 212, 246), "mint": (172, 236, 196),
+               "pink": (250, 190, 208), "sand": (236, 214, 162)}
+PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+KINDS = ("subject_add", "subject_remove", "subject_replace", "color_alter", "material_alter", "position_change",
+         "background_change")  # EdiVal's names; count_change and text_change have no single right picture here
+GRID, CELL = 3, 16
+SIZE = GRID * CELL
+
+
+class Object(NamedTuple):
+    shape: str
+    color: str
+    material: str
+
+
+class Scene(NamedTuple):
+    background: str
+    cells: tuple  # 9 entries, row by row: an Object or None
+
+
+CONTENTS = (None,) + tuple(Object(s, c, m) for s in SHAPES for c in COLORS for m in MATERIALS)  # 109: what a cell can hold
+_CONTENT_ID = {content: i for i, content in enumerate(CONTENTS)}
+_BACKGROUND_ID = {name: i for i, name in enumerate(BACKGROUNDS)}
+
+# Combinations that no training or validation dialogue shows or asks for; the test split does. About one in eight.
+HELD_OUT = frozenset(o for o in CONTENTS[1:] if zlib.crc32(" ".join(o).encode()) % 8 == 0)
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+def _mask(shape):
+    """Coverage of one cell by a shape, antialiased by drawing 8 times too large: (16, 16) in [0, 1]."""
+    n = CELL * 8
+    canvas = Image.new("L", (n, n))
+    draw = ImageDraw.Draw(canvas)
+    c, r = n / 2, n * .42
+    point = lambda angle, radius: (c + radius * np.sin(angle), c - radius * np.cos(angle))
+    if shape == "circle":
+        draw.ellipse((c - r, c - r, c + r, c + r), fill=255)
+    elif shape == "square":
+        draw.rectangle((c - r * .9, c - r * .9, c + r * .9, c + r * .9), fill=255)
+    elif shape == "triangle":
+        draw.polygon([(c, c - r), (c + r, c + r * .85), (c - r, c + r * .85)], fill=255)
+    elif shape == "star":
+        draw.polygon([point(np.pi * i / 5, r * (1.1 if i % 2 == 0 else .45)) for i in range(10)], fill=255)
+    elif shape == "ring":
+        draw.ellipse((c - r, c - r, c + r, c + r), fill=255)
+        draw.ellipse((c - r * .5, c - r * .5, c + r * .5, c + r * .5), fill=0)
+    elif shape == "cross":
+        draw.rectangle((c - r, c - r * .34, c + r, c + r * .34), fill=255)
+        draw.rectangle((c - r * .34, c - r, c + r * .34, c + r), fill=255)
+    return np.asarray(canvas.resize((CELL, CELL), Image.BOX), np.float32) / 255
+
+
+def _texture(color, material):
+    """Colour of every pixel of an object: (16, 16, 3) in 0..255. Wood has grain, metal a diagonal shine."""
+    base = np.broadcast_to(np.float32(COLORS[color]), (CELL, CELL, 3))
+    row, column = np.mgrid[0:CELL, 0:CELL].astype(np.float32)
+    if material == "wooden":
+        amount, other = .75 * (row % 4 >= 2), (122, 76, 34)
+    elif material == "metal":
+        amount, other = .85 * np.exp(-((row + column - 13) / 3.2) ** 2), (255, 255, 255)
+    else:
+        return base
+    return base + amount[..., None].astype(np.float32) * (np.float32(other) - base)
+
+
+def _sprites():
+    """Every cell there can be: (6 backgrounds, 109 contents, 16, 16, 3) float32 in 0..255."""
+    masks = {shape: _mask(shape)[..., None] for shape in SHAPES}
+    ground = np.float32(list(BACKGROUNDS.values()))[:, None, None, None, :]
+    alpha = np.stack([np.zeros((CELL, CELL, 1), np.float32)] + [masks[o.shape] for o in CONTENTS[1:]])
+    paint = np.stack([np.zeros((CELL, CELL, 3), np.float32)] + [_texture(o.color, o.material) for o in CONTENTS[1:]])
+    return (1 - alpha) * ground + alpha * paint
+
+
+SPRITES = _sprites()
+_SPRITES_U8 = SPRITES.round().astype(np.uint8)
+
+
+def encode_scenes(scenes):
+    """Scenes as integers: background (n,), contents (n, 9)."""
+    return (np.array([_BACKGROUND_ID[s.background] for s in scenes]),
+            np.array([[_CONTENT_ID[c] for c in s.cells] for s in scenes]))
+
+
+def render(scenes):
+    """Draw scenes: (n, 48, 48, 3) uint8."""
+    background, contents = encode_scenes(scenes)
+    cells = _SPRITES_U8[background[:, None], contents].reshape(-1, GRID, GRID, CELL, CELL, 3)
+    return np.ascontiguousarray(cells.transpose(0, 1, 3, 2, 4, 5).reshape(-1, SIZE, SIZE, 3))
+
+
+# ------------------------------------------------------------------------------------------------- scenes and edits
+
+def sample_scene(rng, allowed=CONTENTS[1:]):
+    """A scene of 2 to 5 objects, no two of the same colour and shape, so that "the red star" names one of them."""
+    objects = {}
+    for content in rng.sample(allowed, 12):
+        objects.setdefault((content.shape, content.color), content)
+    objects = list(objects.values())[:rng.randint(2, 5)]
+    places = rng.sample(range(GRID * GRID), len(objects))
+    cells = [None] * (GRID * GRID)
+    for place, content in zip(places, objects):
+        cells[place] = content
+    return Scene(rng.choice(list(BACKGROUNDS)), tuple(cells))
+
+
+def sample_edit(scene, rng, kind=None, allowed=CONTENTS[1:]):
+    """One edit of `kind` (a random one if None) that is possible in `scene`: (instruction, kind, scene after it).
+
+    Returns None where the kind is impossible (nothing left to remove, no room to add).
+    """
+    kind = kind or rng.choice(KINDS)
+    full = [i for i, c in enumerate(scene.cells) if c]
+    free = [i for i, c in enumerate(scene.cells) if not c]
+    taken = {(c.shape, c.color) for c in scene.cells if c}
+    cells = list(scene.cells)
+
+    if kind == "background_change":
+        new = rng.choice([b for b in BACKGROUNDS if b != scene.background])
+        text = rng.choice(["Change the background to {}", "Make the background {}", "Set the scene on a {} background"])
+        return text.format(new), kind, scene._replace(background=new)
+    if kind == "subject_add":
+        choices = [o for o in allowed if (o.shape, o.color) not in taken]
+        if len(free) < 2:
+            return None
+        place, new = rng.choice(free), rng.choice(choices)
+        cells[place] = new
+        text = rng.choice(["Add a {} at the {}", "Put a {} at the {}", "Place a {} in the {} cell"])
+        return text.format(_name(new), PLACES[place]), kind, scene._replace(cells=tuple(cells))
+    if not full or (kind == "subject_remove" and len(full) < 2) or (kind == "position_change" and not free):
+        return None
+
+    place = rng.choice(full)
+    old = cells[place]
+    the = f"{old.color} {old.shape}"
+    if kind == "subject_remove":
+        cells[place] = None
+        text = rng.choice(["Remove the {}", "Delete the {}", "Take away the {}", "Erase the {}"]).format(the)
+    elif kind == "subject_replace":
+        new = rng.choice([o for o in allowed if (o.shape, o.color) not in taken and o.shape != old.shape])
+        cells[place] = new
+        text = rng.choice(["Replace the {} with a {}", "Turn the {} into a {}", "Swap the {} for a {}"]).format(the, _name(new))
+    elif kind == "color_alter":
+        choices = [o for o in allowed if (o.shape, o.material) == (old.shape, old.material)
+                   and (o.shape, o.color) not in taken]
+        if not choices:
+            return None
+        new = cells[place] = rng.choice(choices)
+        text = rng.choice(["Make the {} {}", "Change the color of the {} to {}", "Paint the {} {}"]).format(the, new.color)
+    elif kind == "material_alter":
+        choices = [o for o in allowed if (o.shape, o.color) == (old.shape, old.color) and o.material != old.material]
+        if not choices:
+            return None
+        new = cells[place] = rng.choice(choices)
+        text = rng.choice(["Change the material of the {} to {}", "Make the {} out of {}", "Turn the {} {}"])
+        noun = new.material if text.endswith("Turn the {} {}") else {"wooden": "wood"}.get(new.material, new.material)
+        text = text.format(the, noun)
+    elif kind == "position_change":
+        to = rng.choice(free)
+        cells[place], cells[to] = None, old
+        text = rng.choice(["Move the {} to the {}", "Shift the {} to the {}", "Bring the {} to the {}"]).format(the, PLACES[to])
+    else:
+        raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
+    return text, kind, scene._replace(cells=tuple(cells))
+
+
+def _name(obj):
+    return f"{obj.color} {obj.material} {obj.shape}"
+
+
+def sample_dialogue(rng, K, allowed=CONTENTS[1:]):
+    """A scene and K edits of K different kinds (repeats only if K > 7): (instructions, kinds, K + 1 expected scenes)."""
+    scene = sample_scene(rng, allowed)
+    instructions, kinds, scenes = [], [], [scene]
+    misses = 0
+    while len(kinds) < K:
+        fresh = [k for k in KINDS if k not in kinds[-(len(KINDS) - 1):]]
+        edit = sample_edit(scenes[-1], rng, rng.choice(fresh if misses < 50 else KINDS), allowed)   # the one kind left may be impossible
+        misses = 0 if edit else misses + 1
+        if edit:
+            instructions.append(edit[0]), kinds.append(edit[1]), scenes.append(edit[2])
+    return instructions, kinds, scenes
+
+
+def dialogues(split, n, K, start=0):
+    """Dialogues start..start+n of a split: 'train' and 'val' without the held-out combinations, 'test' with them.
+
+    The splits are disjoint streams of random numbers; dialogue i of a split is always the same one.
+    """
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"split {split!r} is none of train, val, test")
+    allowed = CONTENTS[1:] if split == "test" else tuple(o for o in CONTENTS[1:] if o not in HELD_OUT)
+    return [sample_dialogue(random.Random(f"{split} {i}"), K, allowed) for i in range(start, start + n)]
+
+
+# ------------------------------------------------------------------------------------------------------ exact judge
+
+NOISE = .004      # temperature of a reading: mean squared error per pixel (values in [0, 1]) that one nat costs
+SMEARED = .012    # a cell further than this from everything it could be is unreadable
+
+
+def read(pictures):
+    """Read pictures (n, 48, 48, 3) uint8 symbolically, by the nearest cell there can be.
+
+    Returns background (n,) and contents (n, 9), both with -1 = unreadable, and the mean squared distance of every cell to every
+    content on the nearest background (n, 9, 109), values in [0, 1], with the belief in each background times how sharp it is (n, 6).
+    """
+    pictures = np.asarray(pictures)
+    if pictures.shape[1:] != (SIZE, SIZE, 3):
+        raise ValueError(f"the exact judge reads pictures of {SIZE} x {SIZE} RGB, got {pictures.shape[1:]}")
+    cells = pictures.reshape(-1, GRID, CELL, GRID, CELL, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, CELL * CELL * 3)
+    x, y = cells.astype(np.float32) / 255, SPRITES.reshape(-1, CELL * CELL * 3) / 255
+    distance = (x ** 2).mean(1)[:, None] - 2 / x.shape[1] * x @ y.T + (y ** 2).mean(1)
+    distance = distance.clip(0).reshape(-1, GRID * GRID, len(BACKGROUNDS), len(CONTENTS))
+    misfit = distance.min(3).mean(1)                                         # (n, 6)
+    nearest = misfit.argmin(1)
+    distance = distance[np.arange(len(distance)), :, nearest]                # (n, 9, 109)
+    contents = np.where(distance.min(2) < SMEARED, distance.argmin(2), -1)
+    blur = np.median(distance.min(2), 1, keepdims=True)                      # of most cells: one spoilt object spoils no background
+    background = np.where(blur[:, 0] < SMEARED, nearest, -1)
+    return background, contents, distance, _posterior(misfit) * np.exp(-blur / (2 * SMEARED))
+
+
+def _posterior(distance):
+    weight = np.exp(-(distance - distance.min(-1, keepdims=True)) / NOISE)
+    return weight / weight.sum(-1, keepdims=True)
+
+
+_ATTRIBUTES = np.array([[a == b for b in range(len(CONTENTS))] for a in range(len(CONTENTS))], np.float32)[None].repeat(3, 0)
+for _i, _a in enumerate(CONTENTS):
+    for _j, _b in enumerate(CONTENTS):
+        for _f in range(3):   # [shape, color, material]: do contents i and j agree in it?
+            _ATTRIBUTES[_f, _i, _j] = _a == _b if _a is None or _b is None else _a[_f] == _b[_f]
+
+
+def judge(pictures, befores, afters):
+    """Judge one edit each: pictures (n, 48, 48, 3) uint8 against the scene expected before and after the edit.
+
+    Returns three arrays (n,): `success` in {0, 1}: what the instruction changes reads as asked; `following` in [0, 1],
+    the graded instruction following: the mean belief in each asked attribute, times how sharp it is; `consistency` in
+    [0, 1]: everything else, against the original scene as transformed by the instructions, half of it symbolic
+    agreement (beliefs in every other cell and the background) and half pixel distance.
+    """
+    background, contents, distance, background_belief = read(pictures)
+    ground_0, want_0 = encode_scenes(befores)
+    ground, want = encode_scenes(afters)
+    n = len(want)
+    belief = _posterior(distance)                                                              # (n, 9, 109)
+    agree = np.einsum("fnkc,nkc->nk", _ATTRIBUTES[:, want], belief) / 3                        # (n, 9)
+    error = np.take_along_axis(distance, want[..., None], 2)[..., 0]
+    sharp = np.exp(-error / (2 * SMEARED))
+    ground_score = background_belief[np.arange(n), ground]
+
+    changed = want != want_0                                                                   # (n, 9)
+    ground_changed = ground != ground_0                                                        # (n,)
+    count = changed.sum(1) + ground_changed
+    if not count.all():
+        raise ValueError(f"edit {int(count.argmin())} of {n} changes nothing: its scenes before and after are equal")
+    success = np.where(changed, contents == want, True).all(1) & (~ground_changed | (background == ground))
+    following = ((agree * sharp * changed).sum(1) + ground_score * ground_changed) / count
+
+    kept, ground_kept = ~changed, ~ground_changed
+    symbolic = ((agree * (contents == want) * kept).sum(1) + ground_score * ground_kept) / (kept.sum(1) + ground_kept)
+    difference = np.abs(np.asarray(pictures, np.float32) - render(afters)).mean(-1)            # (n, 48, 48) in 0..255
+    difference = difference.reshape(-1, GRID, CELL, GRID, CELL).mean((2, 4)).reshape(n, -1)    # (n, 9)
+    pixels = 1 - ((difference * kept).sum(1) / kept.sum(1).clip(1) / 64).clip(0, 1)
+    return success.astype(np.float32), following.astype(np.float32), (.5 * symbolic + .5 * pixels).astype(np.float32)
