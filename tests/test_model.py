@@ -1,0 +1,395 @@
+"""model.py against diffusers itself: the same latents, the same pictures, LoRA files that it loads and that have an effect."""
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import model
+from fixtures import editor_folder, load_pipe, make_tasks, move, new_editor, resized
+from rollout import draw_noise, rollout, stack_images
+
+SIZES = pytest.mark.parametrize("size", [(48, 48), (32, 64)], ids=lambda size: "%dx%d" % size)
+
+
+def same_pictures(a, b):
+    """Equal as uint8, but for the rare value that lies within float error of a rounding boundary."""
+    difference = (a.int() - b.int()).abs()
+    return difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
+
+
+def as_pil(picture):
+    return Image.fromarray(picture.permute(1, 2, 0).numpy())
+
+
+def pictures(n, size=(48, 48)):
+    return stack_images(resized(make_tasks(n), size))
+
+
+def inputs(editor, n=3, size=(48, 48), seed=7):
+    """Arguments of velocity(): n rows that differ in everything."""
+    tasks = make_tasks(n)
+    tensors, index = editor.condition([task.instructions[0] for task in tasks], None)
+    x = torch.stack([draw_noise(editor.latent_shape(size), seed, s) for s in range(n)])
+    t = torch.linspace(.9, .2, n)
+    return x, t, {name: value[index] for name, value in tensors.items()}, editor.encode(pictures(n, size)), size
+
+
+def one_turn(pipe, task, T, size, noise, guidance=2.5, **call):
+    """diffusers' own edit of a picture, from given noise -> latents (1, N, C)."""
+    H, W = size
+    return pipe(image=task.image, prompt=task.instructions[0], latents=noise[None], num_inference_steps=T, guidance_scale=guidance,
+                height=H, width=W, max_area=H * W, _auto_resize=False, output_type="latent", **call).images
+
+
+# --------------------------------------------------------------------------------------------------- equal to diffusers
+
+@SIZES
+def test_encode_equals_the_pipelines_own(size):
+    """Catches: a sample in place of the mode, shift and scale swapped, 2 x 2 patches packed in another order."""
+    editor, images = new_editor(), pictures(3, size)
+    pipe = editor.pipe
+    x = pipe.image_processor.preprocess([as_pil(p) for p in images])
+    z = pipe._encode_vae_image(x, torch.Generator().manual_seed(0))
+    expected = pipe._pack_latents(z, *z.shape)
+    assert editor.latent_shape(size) == expected.shape[1:]
+    assert torch.allclose(editor.encode(images), expected, atol=1e-5)
+
+
+@SIZES
+def test_decode_equals_the_pipelines_own_as_uint8(size):
+    """Catches: truncation in place of rounding, no clamp, height and width swapped in unpacking."""
+    editor = new_editor()
+    pipe, x = editor.pipe, 2 * draw_noise((3, *editor.latent_shape(size)), 1)
+    z = pipe._unpack_latents(x, *size, pipe.vae_scale_factor) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    with torch.no_grad():
+        expected = pipe.image_processor.postprocess(pipe.vae.decode(z).sample, output_type="pil")
+    ours = editor.decode(x, size)
+    assert ours.dtype == torch.uint8 and ours.shape == (3, 3, *size)
+    assert same_pictures(ours, torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in expected]))
+
+
+@pytest.mark.parametrize("size, T", [((48, 48), 8), ((48, 48), 3), ((32, 64), 5)])
+def test_one_turn_of_rollout_is_the_pipelines_own_output(size, T):
+    """Catches: a wrong time grid, t off by 1000, context tokens with the noise's position ids, rows and columns swapped."""
+    editor, pipe, (task,) = new_editor(), load_pipe(), resized(make_tasks(1), size)
+    trajectory = rollout(editor, [task], 1, 1, T, (3,))
+    expected = one_turn(pipe, task, T, size, draw_noise(editor.latent_shape(size), 3, 0, 0, 0, 0), max_sequence_length=14)
+    assert torch.allclose(trajectory.x[:, 0, -1], expected, atol=1e-5)
+    assert same_pictures(trajectory.images[:, 1], editor.decode(expected, size))
+    assert not torch.allclose(expected, one_turn(pipe, task, T, size, torch.zeros_like(expected[0]), max_sequence_length=14), atol=.1)
+
+
+def with_transformer(pipe, **changes):
+    """The pipeline with a random transformer of another configuration."""
+    from diffusers import FluxTransformer2DModel
+    torch.manual_seed(1)
+    pipe.transformer = FluxTransformer2DModel.from_config({**pipe.transformer.config, **changes}).eval()
+    return pipe
+
+
+def test_embedded_guidance_is_the_pipelines_own():
+    """Catches: guidance left out, or scaled by 1000 twice: editors distilled with it would draw other pictures."""
+    pipe, (task,) = with_transformer(load_pipe(), guidance_embeds=True), make_tasks(1)
+    outputs = []
+    for guidance in (2.5, 4.):
+        editor = model.KontextEditor(pipe, "cpu", guidance=guidance)
+        trajectory = rollout(editor, [task], 1, 1, 3, (3,))
+        noise = draw_noise((9, 64), 3, 0, 0, 0, 0)
+        outputs.append(one_turn(pipe, task, 3, (48, 48), noise, guidance, max_sequence_length=14))
+        assert torch.allclose(trajectory.x[:, 0, -1], outputs[-1], atol=1e-5)
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("max_text, call", [(128, {"max_sequence_length": 128}), (512, {})])
+def test_text_of_a_long_t5_tokenizer_is_padded_like_the_pipelines_own(max_text, call):
+    """Catches: text cut or padded to another length than asked for; without the argument the pipeline takes 512 tokens."""
+    pipe, (task,) = load_pipe(), make_tasks(1)
+    pipe.tokenizer_2.model_max_length = 512
+    editor = model.KontextEditor(pipe, "cpu", max_text=max_text)
+    assert editor.condition(["x"], None)[0]["text"].shape[1] == max_text
+    trajectory = rollout(editor, [task], 1, 1, 3, (3,))
+    expected = one_turn(pipe, task, 3, (48, 48), draw_noise((9, 64), 3, 0, 0, 0, 0), **call)
+    assert torch.allclose(trajectory.x[:, 0, -1], expected, atol=1e-5)
+
+
+def test_text_is_never_longer_than_the_tokenizers_limit():
+    """Catches: position embeddings asked for beyond what a small text encoder has."""
+    editor = new_editor()
+    assert editor.max_text == min(128, editor.pipe.tokenizer_2.model_max_length)
+
+
+# -------------------------------------------------------------------------------------------------------------- an editor
+
+def test_a_row_of_a_batch_equals_the_row_alone():
+    """Catches: anything shared over rows by mistake (one time, one context or one text for the whole batch)."""
+    editor = new_editor()
+    x, t, cond, context, size = inputs(editor, 4)
+    with torch.no_grad():
+        batch = editor.velocity(x, t, cond, context, size)
+        for s in range(4):
+            alone = editor.velocity(x[s:s + 1], t[s:s + 1], {n: v[s:s + 1] for n, v in cond.items()}, context[s:s + 1], size)
+            assert torch.allclose(batch[s], alone[0], atol=1e-5)
+    images = pictures(4)
+    assert torch.allclose(editor.encode(images)[2], editor.encode(images[2:3])[0], atol=1e-4)     # convolutions round more
+    assert same_pictures(editor.decode(x, size)[2], editor.decode(x[2:3], size)[0])
+
+
+def test_velocity_depends_on_every_input():
+    """Catches: an input that is passed along but never read."""
+    editor = new_editor()
+    x, t, cond, context, size = inputs(editor, 2)
+    with torch.no_grad():
+        v = editor.velocity(x, t, cond, context, size)
+        flipped = {n: u.flip(0) for n, u in cond.items()}
+        for changed in ((x.flip(0), t, cond, context), (x, t.flip(0), cond, context), (x, t, flipped, context),
+                        (x, t, {**cond, "text": flipped["text"]}, context), (x, t, {**cond, "pooled": flipped["pooled"]}, context),
+                        (x, t, cond, context.flip(0))):
+            assert (editor.velocity(*changed, size) - v).abs().max() > 1e-4
+
+
+def test_text_is_encoded_once_per_distinct_instruction():
+    """Catches: the text encoders run once per sample (G times too often), or rows pointed at the wrong text."""
+    editor, rows = new_editor(), []
+    encode = editor.pipe.encode_prompt
+    editor.pipe.encode_prompt = lambda prompt, *a, **k: rows.append(len(prompt)) or encode(prompt, *a, **k)
+    texts = ["Make the red star blue", "Remove the ring", "Make the red star blue", "Remove the ring", "Add a cross"]
+    tensors, index = editor.condition(texts, None)
+    assert rows == [3] and index.tolist() == [0, 1, 0, 1, 2]
+    for s, text in enumerate(texts):
+        alone, _ = editor.condition([text], None)
+        for name in tensors:
+            assert torch.allclose(tensors[name][index[s]], alone[name][0], atol=1e-5)
+
+
+def test_sides_that_are_no_multiple_are_refused():
+    """Catches: a reshape error deep in the rollout in place of both numbers."""
+    with pytest.raises(ValueError, match="40 x 48.*multiples of 16"):
+        new_editor().latent_shape((40, 48))
+
+
+@pytest.mark.parametrize("T", [1, 4, 28])
+def test_times_run_from_1_to_0(T):
+    """Catches: a grid without its end, or in diffusers' 0..1000."""
+    t = new_editor().times(T, (48, 48))
+    assert t.shape == (T + 1,) and t[0] == 1 and t[-1] == 0 and (t.diff() < 0).all()
+
+
+# ------------------------------------------------------------------------------------------------- LoRA and weight sets
+
+@pytest.mark.parametrize("targets", ["all", "attention"])
+def test_a_fresh_lora_changes_nothing_and_alone_is_trained(targets):
+    """Catches: B not zero at the start, or gradients that reach the base weights."""
+    editor = new_editor()
+    args = inputs(editor)
+    with torch.no_grad():
+        before = editor.velocity(*args)
+    model.add_lora(editor, 4, targets=targets)
+    assert torch.equal(editor.velocity(*args).detach(), before)
+    move(editor, .05)
+    v = editor.velocity(*args)
+    assert (v - before).abs().max() > 1e-3
+    v.square().sum().backward()
+    trained = {id(p) for p in editor.trained.values()}
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in editor.trained.values())
+    assert all(p.grad is None for p in editor.transformer.parameters() if id(p) not in trained)
+
+
+def test_attention_targets_are_fewer_than_all():
+    """Catches: a pattern that matches too much (norms, the output) or misses the feed-forward layers."""
+    names = {targets: {n.rsplit(".", 1)[0] for n in model.add_lora(new_editor(), 2, targets=targets).trained} for targets in model.LORA_TARGETS}
+    assert names["attention"] < names["all"]
+    assert all("attn." in n for n in names["attention"]) and not any("norm" in n or n.startswith("proj_out") for n in names["all"])
+    assert {"ff.net.0.proj", "ff_context.net.2", "attn.add_q_proj", "attn.to_out.0"} <= {n.split(".", 2)[2] for n in names["all"]}
+
+
+def set_apart(editor):
+    """Give policy, ref, old and ema four different values; returns the policy's."""
+    for seed, name in enumerate(("ref", "old", "ema")):
+        editor.copy_weights(name)
+        move(editor, .05, seed)
+    return [p.detach().clone() for p in editor.trained.values()]
+
+
+def test_weight_sets_swap_and_come_back():
+    """Catches: a set that is another one's, or the policy lost after sampling with `old`."""
+    editor = new_editor(4)
+    args, policy, seen = inputs(editor), set_apart(editor), {}
+    with torch.no_grad():
+        for name in ("policy", "ref", "old", "ema"):
+            with editor.weights(name) as inside:
+                assert inside is editor
+                expected = policy if name == "policy" else editor.sets[name]
+                assert all(torch.equal(p, q) for p, q in zip(editor.trained.values(), expected))
+                seen[name] = editor.velocity(*args)
+            assert all(torch.equal(p, q) for p, q in zip(editor.trained.values(), policy))
+    names = list(seen)
+    assert all((seen[a] - seen[b]).abs().max() > 1e-4 for a in names for b in names if a < b)
+
+
+def test_the_policy_comes_back_after_an_exception_and_from_inside_another_set():
+    """Catches: a failed rollout that leaves `old` in place, so that training goes on from it."""
+    editor = new_editor(4)
+    policy = set_apart(editor)
+    with pytest.raises(KeyError):
+        with editor.weights("old"), editor.weights("ref"):
+            raise KeyError
+    assert all(torch.equal(p, q) for p, q in zip(editor.trained.values(), policy))
+    with editor.weights("old"):
+        with editor.weights("ref"):
+            pass
+        assert all(torch.equal(p, q) for p, q in zip(editor.trained.values(), editor.sets["old"]))
+
+
+def test_sets_are_copies():
+    """Catches: `old` and `ref` that share memory with the policy, and so follow every optimizer step."""
+    editor = new_editor(4)
+    before = {name: [v.clone() for v in values] for name, values in editor.sets.items()}
+    move(editor, 1.)
+    assert set(before) == {"ref", "old", "ema"}
+    assert all(torch.equal(v, w) for name in before for v, w in zip(before[name], editor.sets[name]))
+
+
+def test_blend_keeps_the_share_it_says():
+    """Catches: keep and 1 - keep swapped (an EMA of decay .9 that forgets 90 % at each update)."""
+    editor = new_editor(4)
+    policy = set_apart(editor)
+    old, ref = ([v.clone() for v in editor.sets[name]] for name in ("old", "ref"))
+    editor.blend("old", .9)
+    assert all(torch.allclose(v, .9 * o + .1 * p, atol=1e-6) for v, o, p in zip(editor.sets["old"], old, policy))
+    assert all(torch.equal(p, q) for p, q in zip(editor.trained.values(), policy))
+    assert all(torch.equal(v, w) for v, w in zip(editor.sets["ref"], ref))
+
+
+# ------------------------------------------------------------------------------------------------------- save and load
+
+@pytest.mark.parametrize("rank, alpha", [(4, 12), (8, 8)])
+def test_a_saved_lora_draws_the_same_picture_in_a_fresh_diffusers_pipeline(tmp_path, rank, alpha):
+    """Catches: a file that diffusers loads without error and without effect, or with alpha / rank lost."""
+    pytest.importorskip("peft")
+    editor, (task,) = new_editor(rank, alpha, moved=.1), make_tasks(1)
+    model.save_weights(editor, tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    ours = rollout(editor, [task], 1, 1, 4, (3,)).x[:, 0, -1]
+
+    pipe, noise = load_pipe(), draw_noise((9, 64), 3, 0, 0, 0, 0)
+    base = one_turn(pipe, task, 4, (48, 48), noise, max_sequence_length=14)
+    pipe.load_lora_weights(str(tmp_path))
+    theirs = one_turn(pipe, task, 4, (48, 48), noise, max_sequence_length=14)
+    assert (theirs - base).abs().max() > .01
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_our_own_loader_gives_the_same_velocity(tmp_path, as_folder):
+    """Catches: A and B swapped, alpha / rank applied twice, or sets that still hold the weights before loading."""
+    editor = new_editor(4, 12, moved=.1)
+    args = inputs(editor)
+    model.save_weights(editor, tmp_path)
+    loaded = model.load_weights(new_editor(), tmp_path if as_folder else tmp_path / model.LORA_FILE)
+    with torch.no_grad():
+        expected, base = editor.velocity(*args), new_editor().velocity(*args)
+        assert torch.allclose(loaded.velocity(*args), expected, atol=1e-5)
+        assert (expected - base).abs().max() > 1e-3
+        for name in ("old", "ref", "ema"):
+            with loaded.weights(name):
+                assert torch.allclose(loaded.velocity(*args), expected, atol=1e-5)
+    loaded.velocity(*args).sum().backward()
+    assert all(p.grad is not None for p in loaded.trained.values())
+
+
+def test_the_set_asked_for_is_saved(tmp_path):
+    """Catches: the policy written where the averaged weights were asked for."""
+    editor = new_editor(4, 8)
+    set_apart(editor)
+    model.save_weights(editor, tmp_path, "ema")
+    state = load_file(tmp_path / model.LORA_FILE)
+    names = [n.removesuffix(".A") for n in editor.trained if n.endswith(".A")]
+    assert len(state) == 2 * len(names)
+    values = dict(zip(editor.trained, editor.sets["ema"]))
+    for name in names:
+        assert torch.equal(state[f"transformer.{name}.lora_A.weight"], values[f"{name}.A"])
+        assert torch.allclose(state[f"transformer.{name}.lora_B.weight"], 2 * values[f"{name}.B"])
+
+
+def spoilt_loras():
+    A, B = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "transformer.transformer_blocks.0.attn.to_q.lora_B.weight"
+    good = {A: torch.zeros(4, 128), B: torch.zeros(128, 4)}
+    return {
+        "another width": {A: torch.zeros(4, 256), B: torch.zeros(256, 4)},
+        "another module": {k.replace("to_q", "to_magic"): v for k, v in good.items()},
+        "peft's layout": {k.replace("transformer.", "base_model.model.", 1): v for k, v in good.items()},
+        "B missing": {A: good[A]},
+        "ranks of A and B differ": {A: good[A], B: torch.zeros(128, 2)},
+        "no LoRA at all": {},
+    }
+
+
+@pytest.mark.parametrize("spoilt", spoilt_loras())
+def test_a_lora_of_another_model_is_refused(tmp_path, spoilt):
+    """Catches: keys skipped in silence, so that a run starts from, or evaluates, the base model."""
+    save_file(spoilt_loras()[spoilt], tmp_path / model.LORA_FILE)
+    with pytest.raises(ValueError, match="safetensors.*(fit|LoRA)") as error:
+        model.load_weights(new_editor(), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_lora_file_that_is_missing_or_broken_is_refused(tmp_path):
+    """Catches: a loader's own exception, with a traceback, for a mistyped path or a cut download."""
+    with pytest.raises(ValueError, match="no LoRA at .*nowhere"):
+        model.load_weights(new_editor(), tmp_path / "nowhere")
+    (tmp_path / model.LORA_FILE).write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match=model.LORA_FILE):
+        model.load_weights(new_editor(), tmp_path)
+
+
+def test_rank_0_trains_saves_and_loads_the_whole_transformer(tmp_path):
+    """Catches: frozen parts in full fine-tuning, or a save that keeps the base weights."""
+    from diffusers import FluxTransformer2DModel
+    editor = new_editor(0)
+    assert list(editor.trained) == [n for n, _ in editor.transformer.named_parameters()]
+    assert all(p.requires_grad for p in editor.trained.values())
+    args = inputs(editor)
+    move(editor, .01)
+    editor.copy_weights("ema")
+    move(editor, .01)
+    model.save_weights(editor, tmp_path, "ema")
+    theirs = FluxTransformer2DModel.from_pretrained(tmp_path / "transformer").state_dict()
+    assert all(torch.equal(theirs[n], v) for n, v in zip(editor.trained, editor.sets["ema"]))
+    loaded = model.load_weights(new_editor(), tmp_path)
+    with torch.no_grad(), editor.weights("ema"):
+        assert torch.allclose(loaded.velocity(*args), editor.velocity(*args), atol=1e-5)
+    loaded.velocity(*args).sum().backward()
+    assert list(loaded.trained) == list(editor.trained) and any(p.grad is not None for p in loaded.trained.values())
+
+
+# ------------------------------------------------------------------------------------------------------------ no editor
+
+def no_editors(folder):
+    """Folders that are no editor, each with the words its refusal must hold."""
+    index = lambda text: (folder / "model_index.json").write_text(text)
+    return {
+        "empty": (lambda: None, "no editor"),
+        "index is not JSON": (lambda: index("{"), "no editor"),
+        "index is a list": (lambda: index("[1]"), "no editor"),
+        "index without a class": (lambda: index("{}"), "no editor"),
+        "another pipeline": (lambda: index(json.dumps({"_class_name": "StableDiffusionPipeline"})), "StableDiffusionPipeline.*FluxKontextPipeline"),
+        "weights missing": (lambda: shutil.copytree(editor_folder(), folder, dirs_exist_ok=True,
+                                                    ignore=shutil.ignore_patterns("diffusion_pytorch_model*")), "no editor|not be loaded"),
+        "no such path": (lambda: folder.rmdir(), "no editor"),
+    }
+
+
+@pytest.mark.parametrize("case", no_editors(Path()))
+def test_what_is_no_editor_is_refused(tmp_path, case):
+    """Catches: a traceback from deep inside diffusers, or another family run as if it were Kontext."""
+    (tmp_path / "x").mkdir()
+    make, words = no_editors(tmp_path / "x")[case]
+    make()
+    with pytest.raises(ValueError, match=words) as error:
+        model.load(str(tmp_path / "x"))
+    assert str(tmp_path / "x") in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,678 @@
+"""train.py: gradients by longhand, exact resume, processes that agree, and every impossible wish refused in one line."""
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import model
+import reward
+import train
+from fixtures import ROOT, Judge, editor_folder, make_tasks, move, new_editor, refused, run_script
+from grpo import grpo_loss, sde_step
+from nft import nft_loss, noised
+from rollout import rollout
+
+ALGOS = pytest.mark.parametrize("algo", ["grpo", "nft"])
+B, G, K, T, SIZE = 4, 2, 2, 3, (48, 48)
+
+
+def flags(out, algo="grpo", **changes):
+    """A small run as command-line words; changes by field name, None leaves a flag out."""
+    options = dict(algo=algo, model=editor_folder(), out=out, tasks=B, group=G, turns=K, denoise=T, eval_denoise=2, steps=2, lora_rank=4,
+                   lora_alpha=8, lr=1e-3, ema=.9, min_std=0, updates=2, times=1, val_tasks=0, sample_every=1000, save_every=3) | changes
+    last = options["denoise"] - (2 if algo == "grpo" else 1)
+    options = dict(train_first=0, train_last=last) | (dict(window=1) if algo == "grpo" else {}) | options
+    words = [["--" + name.replace("_", "-"), str(value)] for name, value in options.items() if value is not None and value is not True]
+    return sum(words, []) + ["--" + name for name, value in options.items() if value is True]
+
+
+def config(out="unused", algo="grpo", **changes):
+    return train.parse(flags(out, algo, **changes))
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """A cheap judge in place of the exact one, and 64 tasks to choose from; set judge.edit to spoil its rewards."""
+    judge, plain = Judge(), train.data.load
+    monkeypatch.setattr(reward, "load", lambda *_: judge)
+    monkeypatch.setattr(train.data, "load", lambda *args: plain(*args[:4], limit=64))
+    return judge
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_seconds(rows):
+    return [{n: v for n, v in row.items() if not n.startswith("seconds/")} for row in rows]
+
+
+def state(out):
+    return torch.load(Path(out) / "checkpoint" / "state.pt", weights_only=True)
+
+
+def flatten(tree):
+    """All leaves of nested dicts and lists, in order."""
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else None
+    return [tree] if children is None else [leaf for child in children for leaf in flatten(child)]
+
+
+def assert_same_run(a, b):
+    """Bit for bit: checkpoint, LoRA file, metrics but for the seconds."""
+    x, y = flatten(state(a)), flatten(state(b))
+    assert len(x) == len(y) > 20
+    assert all(torch.equal(u, v) if isinstance(u, torch.Tensor) else u == v for u, v in zip(x, y))
+    assert (Path(a) / model.LORA_FILE).read_bytes() == (Path(b) / model.LORA_FILE).read_bytes()
+    assert without_seconds(metrics(a)) == without_seconds(metrics(b))
+
+
+def digest(folder):
+    """Names and contents of all files under a folder."""
+    return {str(f.relative_to(folder)): hashlib.md5(f.read_bytes()).hexdigest() for f in sorted(Path(folder).rglob("*")) if f.is_file()}
+
+
+# ------------------------------------------------------------------------------------------- one update, against longhand
+
+class Recorder:
+    """An optimizer that notes the gradients and moves nothing."""
+
+    def __init__(self, editor):
+        self.params, self.gradients, self.param_groups = list(editor.trained.values()), [], []
+
+    def zero_grad(self):
+        for p in self.params:
+            p.grad = None
+
+    def step(self):
+        self.gradients.append(torch.cat([p.grad.flatten().clone() for p in self.params]))
+
+
+def sampled(cfg, policy_is_old=True):
+    """An editor whose policy, old and ref differ (old = policy where the ratio must be 1), and a trajectory of B tasks."""
+    editor = new_editor(4, 8, moved=.05)
+    editor.copy_weights("old")
+    if not policy_is_old:
+        move(editor, .02, seed=1)
+    return editor, sample(editor, cfg)
+
+
+def sample(editor, cfg, n=B, micro=None):
+    window = dict(eta=cfg.eta, kind=cfg.step_kind, window=cfg.window, start=1) if cfg.algo == "grpo" else {}
+    with editor.weights("old"):
+        return rollout(editor, make_tasks(n), G, K, cfg.denoise, (cfg.seed, 1), **window, shared_noise=cfg.shared_noise, micro=micro)
+
+
+def gradients(editor, cfg, trajectory, A, weight, rows=None, micro=None):
+    cfg.grad_norm, recorder = 1e9, Recorder(editor)
+    info = train.update(editor, trajectory, A, weight, recorder, cfg, 1, rows or len(A), micro or rows or len(A), torch.arange(len(A) // cfg.group), 1)
+    return recorder.gradients, info
+
+
+def forward_noise(trajectory, cfg, s, k, j):
+    """NFT's time and noise of row s at step 1."""
+    return train.forward_noise(trajectory, (9, 64), cfg, (cfg.seed, 1, s // G, s % G, k), j)
+
+
+def advantage_rows(n=B, seed=0):
+    """Advantages that differ between rows and turns, the last group of weight 0."""
+    A = torch.randn(n * G, K, generator=torch.Generator().manual_seed(seed))
+    weight = torch.ones(n * G, K)
+    weight[-G:] = 0
+    return A * weight, weight
+
+
+def longhand(editor, cfg, a, A, weight, rows):
+    """The gradient of the formula in update()'s docstring, written out in one expression per term."""
+    numerator, n_inner = 0., cfg.window if cfg.algo == "grpo" else cfg.times
+    for k in range(K):
+        cond, context = a.cond_rows(k, rows, "cpu"), a.context[rows, k]
+        for j in range(n_inner):
+            if cfg.algo == "grpo":
+                x, t = a.x[rows, k, j], a.t[a.start + j].expand(len(rows))
+            else:
+                draws = [forward_noise(a, cfg, s, k, j) for s in rows.tolist()]
+                t, eps = (torch.stack(parts) for parts in zip(*draws))
+                x = noised(a.x[rows, k, 0], t, eps)
+            arguments = (x, t, cond, context, SIZE)
+            with torch.no_grad(), editor.weights("ref"):
+                v_ref = editor.velocity(*arguments)
+            with torch.no_grad(), editor.weights("old"):
+                v_old = editor.velocity(*arguments)
+            v = editor.velocity(*arguments)
+            if cfg.algo == "grpo":
+                i = a.start + j
+                logp = sde_step(v, x, a.t[i].item(), a.t[i + 1].item(), cfg.eta, cfg.step_kind, a.t[1].item(), x_next=a.x[rows, k, j + 1])[1]
+                loss = grpo_loss(logp, a.logp[rows, k, j], A[rows, k], cfg.clip)[0]
+            else:
+                loss = nft_loss(v, v_old, x, a.x[rows, k, 0], t, A[rows, k], cfg.beta)[0]
+            loss = loss + cfg.kl * (v - v_ref).square().mean((1, 2))
+            numerator = numerator + (loss * weight[rows, k]).sum() / n_inner
+    loss = numerator / weight[rows].sum()
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(editor.trained.values()))])
+
+
+def assert_close(a, b, tolerance=1e-5):
+    assert (a - b).norm() <= tolerance * b.norm() and b.norm() > 0, ((a - b).norm(), b.norm())
+
+
+CASES = [("grpo", dict(window=1)), ("grpo", dict(denoise=4, window=2, kl=.3)), ("grpo", dict(step_kind="sde", window=1, shared_noise="false")),
+         ("nft", dict(times=1, kl=0)), ("nft", dict(times=2, beta=.5, kl=.3))]
+
+
+@pytest.mark.parametrize("algo, changes", CASES, ids=lambda c: c if isinstance(c, str) else " ".join(f"{n}={v}" for n, v in c.items()))
+def test_the_gradient_of_an_update_is_that_of_the_formula(algo, changes):
+    """Catches: a missing 1 / K or 1 / W, a wrong turn, window step, set, or denominator; KL without gradient or weight."""
+    cfg = config(algo=algo, **changes)
+    editor, a = sampled(cfg, policy_is_old=algo == "grpo")
+    A, weight = advantage_rows()
+    parts = torch.arange(len(A)).split(len(A) // 2)
+    weight[0, 0] = 0                                                   # spread=turn weighs turns of a row differently
+    got, _ = gradients(editor, cfg, a, A, weight, rows=len(A) // 2)
+    assert len(got) == 2
+    for part, gradient in zip(parts, got):
+        assert_close(gradient, longhand(editor, cfg, a, A, weight, part))
+
+
+@ALGOS
+def test_the_gradient_does_not_depend_on_the_micro_batches(algo):
+    """Catches: each micro-batch divided by its own size, gradients zeroed in between, noise keyed by the row in the batch."""
+    cfg = config(algo=algo, kl=.1)
+    editor, a = sampled(cfg)
+    A, weight = advantage_rows()
+    (whole,), info = gradients(editor, cfg, a, A, weight)
+    for micro in (1, 2, 4):
+        (gradient,), parts = gradients(editor, cfg, a, A, weight, micro=micro)
+        assert_close(gradient, whole)
+        assert parts["loss"] == pytest.approx(info["loss"], rel=1e-4, abs=1e-6)
+
+
+@ALGOS
+def test_rows_of_weight_zero_do_not_move_the_gradient(algo):
+    """Catches: failed or uninformative groups that still count in the denominator, or whose garbage leaks into the mean."""
+    cfg = config(algo=algo, kl=.1)
+    editor, a = sampled(cfg)
+    alone = sample(editor, cfg, n=B - 1)
+    A, weight = advantage_rows()
+    (clean,), _ = gradients(editor, cfg, alone, A[:-G], weight[:-G])
+    A[-G:] = 5.
+    (garbage,), _ = gradients(editor, cfg, a, A, weight)
+    assert_close(garbage, clean, 1e-4)
+    (nothing,), info = gradients(editor, cfg, a, A, torch.zeros_like(weight))
+    assert nothing.abs().max() == 0 and info["grad_norm"] == 0
+
+
+@ALGOS
+def test_the_kl_term_has_a_gradient_and_ref_gets_none(algo):
+    """Catches: KL under no_grad (a number in the log and nothing else), or a ref that moves with the policy."""
+    cfg = config(algo=algo, kl=1.)
+    editor, a = sampled(cfg)
+    A, weight = torch.zeros(B * G, K), torch.ones(B * G, K)
+    if algo == "nft":                # at A = 0 its loss still pulls v to x_0's: compare with and without the term
+        without = config(algo=algo, kl=0.)
+        (rest,), _ = gradients(editor, without, a, A, weight)
+    else:
+        rest = 0.
+    ref = [v.clone() for v in editor.sets["ref"]]
+    (gradient,), info = gradients(editor, cfg, a, A, weight)
+    assert (gradient - rest).norm() > 1e-3 and info["kl"] > 1e-5
+    optimizer = torch.optim.AdamW(editor.trained.values(), 1e-3)
+    train.update(editor, a, A, weight, optimizer, cfg, 1, B * G, B * G, torch.arange(B), 1)
+    assert all(torch.equal(v, w) and v.grad is None for v, w in zip(editor.sets["ref"], ref))
+    editor.copy_weights("ref")                                                # at policy = ref it vanishes
+    (gradient,), info = gradients(editor, config(algo=algo, kl=1., clip=1e9), sample_of_policy(editor, cfg), A, weight)
+    assert info["kl"] == 0
+
+
+def sample_of_policy(editor, cfg):
+    editor.copy_weights("old")
+    return sample(editor, cfg)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4, None])
+@pytest.mark.parametrize("kind", ["cps", "sde"])
+def test_the_ratio_is_exactly_1_before_the_first_update(micro, kind):
+    """Catches: log-probs of unrounded latents, other conditioning or precision in the update than in the rollout."""
+    cfg = config(step_kind=kind)
+    editor = new_editor(4, 8, moved=.05)
+    editor.copy_weights("old")
+    a = sample(editor, cfg, n=2, micro=micro)
+    A, weight = advantage_rows(2)
+    _, info = gradients(editor, cfg, a, A, weight, micro=micro)
+    assert info["ratio_deviation_1"] == 0 and info["log_ratio"] == 0 and info["clip_fraction"] == 0
+
+
+def test_a_ratio_that_is_not_1_before_the_first_update_stops_the_run():
+    """Catches: training on in silence when rollout and update disagree."""
+    cfg = config()
+    editor, a = sampled(cfg)
+    a.logp[3, 1, 0] += 1e-3
+    with pytest.raises(Exception, match="ratio differs from 1 by 1.0e-03 before the first update"):
+        gradients(editor, cfg, a, *advantage_rows())
+
+
+@ALGOS
+def test_every_update_moves_the_policy_and_a_tenth_of_the_average(algo):
+    """Catches: ema blended once per rollout, with the decay the wrong way round, or with the weights before the step."""
+    cfg = config(algo=algo, warmup=0)
+    editor, a = sampled(cfg)
+    expected, policies = [v.clone() for v in editor.sets["ema"]], [[p.detach().clone() for p in editor.trained.values()]]
+
+    class Noted(torch.optim.AdamW):
+        def step(self):
+            super().step()
+            policies.append([p.detach().clone() for p in editor.trained.values()])
+    A, weight = advantage_rows()
+    train.update(editor, a, A, torch.ones_like(weight), Noted(editor.trained.values(), 1e-3), cfg, 1, B * G // 2, B * G // 2, torch.arange(B), 1)
+    assert len(policies) == 3
+    for before, after in zip(policies, policies[1:]):
+        assert any((p - q).abs().max() > 1e-4 for p, q in zip(before, after))
+        expected = [.9 * v + .1 * p for v, p in zip(expected, after)]
+    assert all(torch.allclose(v, w, atol=1e-6) for v, w in zip(editor.sets["ema"], expected))
+
+
+def test_the_learning_rate_rises_to_its_value_and_stays():
+    """Catches: a rate of 0 at the first step, one that rises on beyond --lr, or starts anew on resume."""
+    cfg = config(warmup=4, lr=.01)
+    editor, a = sampled(cfg)
+    recorder, rates = Recorder(editor), []
+    recorder.param_groups = [{}]
+    for step in (1, 2, 4, 9):
+        train.update(editor, a, *advantage_rows(), recorder, cfg, step, B * G, B * G, torch.arange(B), 1)
+        rates.append(recorder.param_groups[0]["lr"])
+    assert rates == pytest.approx([.0025, .005, .01, .01])
+
+
+def test_times_of_nft_come_from_the_rollouts_grid_without_replacement():
+    """Catches: t = 0 (where x_t = x_0 teaches nothing), one time drawn twice for a turn, --train-first ignored."""
+    cfg = config(algo="nft", denoise=4, times=4)
+    _, a = sampled(cfg)
+    draws = {(s, k): [forward_noise(a, cfg, s, k, j) for j in range(4)] for s in range(B * G) for k in range(K)}
+    assert all(sorted(t.item() for t, _ in row) == sorted(a.t[:-1].tolist()) for row in draws.values())
+    assert len({tuple(t.item() for t, _ in row) for row in draws.values()}) > 5
+    eps = torch.stack([e.flatten() for row in draws.values() for _, e in row])
+    assert (torch.corrcoef(eps) - torch.eye(len(eps))).abs().max() < .25
+    cfg.train_first, cfg.train_last = 1, 2
+    assert {forward_noise(a, cfg, s, 0, 0)[0].item() for s in range(B * G)} == set(a.t[1:3].tolist())
+
+
+# ------------------------------------------------------------------------------------------------------- order and chance
+
+def test_every_epoch_is_a_permutation_and_a_step_needs_no_history():
+    """Catches: tasks drawn with replacement, one order for every epoch, an order that depends on the steps before."""
+    tasks = list(range(10))
+    rows = sum((train.choose(tasks, 4, 3, step) for step in range(1, 6)), [])          # 20 = two epochs, steps across the seam
+    assert sorted(rows[:10]) == sorted(rows[10:]) == tasks and rows[:10] != rows[10:] and rows[:10] != tasks
+    assert train.choose(tasks, 4, 3, 3) == rows[8:12]
+    assert train.choose(tasks, 4, 4, 1) != rows[:4] or train.choose(tasks, 4, 4, 2) != rows[4:8]
+
+
+def test_the_window_starts_everywhere_in_its_range():
+    """Catches: a last start that is never drawn, or drawn twice as often."""
+    draws = [train.draw_int(1, 3, 0, step) for step in range(300)]
+    assert draws == [train.draw_int(1, 3, 0, step) for step in range(300)]
+    assert set(draws) == {1, 2, 3} and min(map(draws.count, (1, 2, 3))) > 70           # 100 +- 8
+    assert {train.draw_int(2, 2, 0, step) for step in range(20)} == {2}
+
+
+@ALGOS
+def test_samples_come_from_the_old_weights(algo, tmp_path, monkeypatch, judge):
+    """Catches: NFT rolled out by the policy, or `old` renewed at the wrong time or by the wrong share."""
+    seen, plain, load = [], train.rollout, model.load
+    monkeypatch.setattr(model, "load", lambda *a, **k: seen.append(load(*a, **k)) or seen[0])
+    monkeypatch.setattr(train, "old_decay", lambda step: .75)
+
+    def checked(editor, *args, **options):
+        assert all(torch.equal(p, v) for p, v in zip(editor.trained.values(), editor.sets["old"]))
+        seen.append([v.clone() for v in editor.sets["old"]])
+        return plain(editor, *args, **options)
+    monkeypatch.setattr(train, "rollout", checked)
+    train.main(config(tmp_path, algo, steps=2))
+    editor, first, second = seen
+    after = [p.detach() for p in editor.trained.values()]
+    if algo == "grpo":
+        assert all(torch.equal(v, p) for v, p in zip(editor.sets["old"], after))
+    else:
+        assert all(torch.allclose(v, .75 * o + .25 * p, atol=1e-6) for v, o, p in zip(editor.sets["old"], second, after))
+    assert all(torch.equal(v, w) for v, w in zip(first, editor.sets["ref"])) and any((v - w).abs().max() > 0 for v, w in zip(first, second))
+
+
+# ----------------------------------------------------------------------------------------------------------------- resume
+
+@ALGOS
+def test_six_steps_are_three_and_three_resumed_bit_for_bit(algo, tmp_path, judge):
+    """Catches: policy, old, ema, optimizer, step, noise or the order of tasks forgotten in a checkpoint."""
+    train.main(config(tmp_path / "a", algo, steps=6))
+    train.main(config(tmp_path / "b", algo, steps=3))
+    assert state(tmp_path / "b")["step"] == 3 and len(metrics(tmp_path / "b")) == 3
+    train.main(config(tmp_path / "b", algo, steps=6, resume=True))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+    rows, saved = metrics(tmp_path / "a"), state(tmp_path / "a")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and all(row["update/grad_norm"] > 0 for row in rows)
+    names = [n for n in load_file(tmp_path / "a" / model.LORA_FILE) if n.endswith("lora_B.weight")]
+    lora, ema = load_file(tmp_path / "a" / model.LORA_FILE), saved["sets"]["ema"][1::2]
+    assert sorted(lora[n].norm().item() for n in names) == pytest.approx(sorted(2 * v.norm().item() for v in ema), rel=1e-5)   # alpha / r
+    assert any((p - v).abs().max() > 1e-5 for p, v in zip(saved["policy"], saved["sets"]["ema"]))
+    # the sets are four different things, so none can stand in for another in the comparison above
+    assert any((p - v).abs().max() > 1e-5 for p, v in zip(saved["sets"]["ref"], saved["sets"]["ema"]))
+
+
+KILLS = """
+import io, os, signal, sys
+sys.path[:0] = {paths}
+import torch
+torch.set_num_threads(1)
+import diffusers, model, reward, train
+from fixtures import Judge
+reward.load = lambda *_: Judge()
+load, train.data.load = train.data.load, lambda *args: load(*args[:4], limit=64)
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+def nth(module, name, n, act):              # the n-th call of module.name does something else
+    plain, calls = getattr(module, name), []
+    def patched(*args, **options):
+        calls.append(1)
+        return act(plain, *args) if len(calls) == n else plain(*args, **options)
+    setattr(module, name, patched)
+
+def half(plain, value, path):               # a kill in the middle of writing
+    whole = io.BytesIO()
+    plain(value, whole)
+    with open(path, "wb") as file:
+        file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+    die()
+
+moments = dict(
+    none=lambda: None,
+    before_the_first_checkpoint=lambda: nth(train, "rollout", 2, lambda *_: die()),
+    between_checkpoints=lambda: nth(train, "rollout", 4, lambda *_: die()),
+    while_the_checkpoint_is_written=lambda: nth(torch, "save", 2, half),
+    between_checkpoint_and_lora=lambda: nth(model, "save_file", 2, lambda *_: die()))
+
+def run(argv, moment):                      # in a child of its own: imports are paid once
+    if not (pid := os.fork()):
+        moments[moment]()
+        train.main(train.parse(argv))
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+for moment in moments:
+    argv = {flags}
+    argv[argv.index("--out") + 1] += "/" + moment
+    code = run(argv, moment)
+    assert code == (0 if moment == "none" else -signal.SIGKILL), (moment, code)
+    if code:
+        assert run(argv + ["--resume"], "none") == 0, moment
+"""
+
+
+def run_python(*words, **options):
+    """python WORDS in a process of its own, on one thread, without warnings of the libraries."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **options)
+
+
+def test_a_kill_at_any_moment_leaves_a_run_that_resumes_to_the_same_end(tmp_path):
+    """Catches: a checkpoint overwritten in place, metrics lines counted twice, a run that cannot start again."""
+    script = KILLS.format(paths=[str(ROOT), str(ROOT / "tests")], flags=flags(tmp_path, steps=4, save_every=2))
+    done = run_python("-c", script)
+    assert done.returncode == 0, done.stderr[-3000:]
+    moments = sorted(f.name for f in tmp_path.iterdir())
+    assert len(moments) == 5
+    for moment in moments:
+        assert_same_run(tmp_path / "none", tmp_path / moment)
+        assert not list((tmp_path / moment).rglob("*.tmp"))
+
+
+# ------------------------------------------------------------------------------------------- the real program, end to end
+
+# 4 rows in a forward with one process and with two, so that both compute the same batches; two updates, GRPO's default
+END_TO_END = dict(steps=2, group=4, micro=4, val_tasks=4, sample_every=2, warmup=0)
+
+
+@pytest.fixture(scope="module")
+def end_to_end(tmp_path_factory):
+    """Both algorithms with one process and with two, default judge: {(algo, processes): (folder, finished process)}."""
+    def launch(algo, processes):
+        out = tmp_path_factory.mktemp(f"{algo}{processes}") / "run"
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+        return out, run_python(*launcher, "train.py", *flags(out, algo, **END_TO_END))
+    return {(algo, processes): launch(algo, processes) for algo in ("grpo", "nft") for processes in (1, 2)}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@ALGOS
+def test_training_end_to_end(end_to_end, algo, processes):
+    """Catches: anything that breaks the one command of the README; files that are promised and missing."""
+    out, done = end_to_end[algo, processes]
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{algo}: 4 tasks x 4 samples x 2 turns x 3 denoising steps on {processes} process" in done.stdout.splitlines()[0]
+    assert {"config.json", "metrics.jsonl", "samples/000001.png", "samples/000002.png", "samples/validation.png", "checkpoint/state.pt",
+            "validation.json", model.LORA_FILE} == set(digest(out))
+    assert json.loads((out / "config.json").read_text()) == vars(config(out, algo, **END_TO_END))
+    for number, row in enumerate(metrics(out), 1):
+        assert row["step"] == number and row["judge/failed"] == 0 and row["update/grad_norm"] > 0
+        assert 0 <= row["reward/success_turn2"] <= 1 and 0 < row["reward/consistency"] <= 1
+        assert {"seconds/text", "seconds/vae", "seconds/velocity", "seconds/judge_wait", "seconds/update", "seconds/total"} <= set(row)
+        if algo == "grpo":
+            assert row["update/ratio_deviation_1"] == 0 < row["update/ratio_deviation_2"]
+    for sheet in (out / "samples").iterdir():
+        assert Image.open(sheet).size[0] == 3 * 154 + 10                # source and two turns
+    table = done.stdout[done.stdout.index("4 validation tasks"):]
+    assert len(re.findall(r"^ +[12]  (M|IF|CC|O) .*\[.*\]", table, re.M)) == 8 and "base" in table and "tuned" in table
+    result = json.loads((out / "validation.json").read_text())
+    assert len(result["base"]["O"]) == len(result["tuned"]["O"]) == K and result["base"] != result["tuned"]
+
+
+@ALGOS
+def test_two_processes_are_one(end_to_end, algo):
+    """Catches: noise keyed within a process, rewards gathered out of order, gradients averaged twice or not summed, and
+    updates that split the step's tasks in another way."""
+    one, two = end_to_end[algo, 1][0], end_to_end[algo, 2][0]
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        names = [n for n in a if n.startswith(("reward/", "group_std/", "judge/", "advantage/"))]
+        assert len(names) > 10 and all(a[n] == pytest.approx(b[n], abs=1e-4) for n in names), [(n, a[n], b[n]) for n in names]
+        assert a["update/grad_norm"] == pytest.approx(b["update/grad_norm"], rel=1e-3)
+    a, b = state(one), state(two)
+    moved = torch.cat([(p - r).abs().flatten() for p, r in zip(a["policy"], a["sets"]["ref"])])
+    assert moved.max() > 1e-3
+    for x, y in zip([a["policy"], *a["sets"].values()], [b["policy"], *b["sets"].values()], strict=True):
+        difference = torch.cat([(u - v).abs().flatten() for u, v in zip(x, y, strict=True)])
+        # Adam divides by the size of the gradient: where that is almost 0, float error alone moves a weight
+        assert (difference > 1e-5).float().mean() < 2e-3 and difference.mean() < 1e-3 * moved.mean(), (difference.max(), difference.mean())
+
+
+# ------------------------------------------------------------------------------------------------------ judges that fail
+
+def test_judge_failures_are_counted_and_aligned_and_the_run_goes_on(tmp_path, judge, monkeypatch):
+    """Catches: a failure taken as reward 0, a row that shifts all rows after it, NaN in the weights."""
+    given, plain = [], train.update
+    monkeypatch.setattr(train, "update", lambda *a, **k: given.append((a[2].view(B, 4, K), a[3].view(B, 4, K))) or plain(*a, **k))
+    train.main(config(tmp_path / "clean", group=4, steps=1))
+
+    turns = {}
+
+    def edit(r, tasks, k):
+        if k == 1:
+            r[4 + 2] = float("nan")                                       # task 1, sample 2, turn 2
+        turns[k] = r.clone()
+        return r
+    judge.edit = edit
+    train.main(config(tmp_path / "spoilt", group=4, steps=2))
+    rows = metrics(tmp_path / "spoilt")
+    assert [row["judge/failed"] for row in rows] == [pytest.approx(1 / (B * 4 * K))] * 2
+    for k, name in ((0, "following_turn1"), (1, "following_turn2")):
+        assert rows[-1][f"reward/{name}"] == pytest.approx(turns[k][:, 0].nanmean().item())
+    (A_0, _), (A, weight) = given[:2]
+    assert weight[1, 2].tolist() == [0, 0] and A[1, 2].tolist() == [0, 0] and weight.sum() == (B * 4 - 1) * K
+    other = torch.tensor([0, 2, 3])                                       # their groups saw no failure; the batch's scale did
+    assert torch.allclose(A[other] / A[other].norm(), A_0[other] / A_0[other].norm(), atol=1e-5)
+    assert all(p.isfinite().all() for p in flatten(state(tmp_path / "spoilt")) if isinstance(p, torch.Tensor))
+
+
+def test_a_judge_that_raises_counts_as_failed_and_the_run_goes_on(tmp_path, judge):
+    """Catches: hours of training lost to one timeout of a judge."""
+    def edit(r, tasks, k):
+        if len(judge.calls) == 2 * K:                                     # the last turn of step 2
+            raise TimeoutError("no answer")
+        return r
+    judge.edit = edit
+    train.main(config(tmp_path, steps=3))
+    assert [row["judge/failed"] for row in metrics(tmp_path)] == [0, .5, 0]
+
+
+def test_too_many_failures_stop_the_run_and_leave_the_checkpoint(tmp_path, judge):
+    """Catches: training on noise for hours after the judge has died, or a checkpoint lost with it."""
+    train.main(config(tmp_path / "a", steps=3))
+    judge.calls.clear()
+    judge.edit = lambda r, tasks, k: r.fill_(float("nan")) if len(judge.calls) > 2 * K else r
+    code, out, err = run_script("train.py", *flags(tmp_path / "b", steps=3, save_every=2))
+    assert code == 2 and "Traceback" not in err
+    assert re.search(r"train.py: step 3: the judge failed on 100% of the turns, more than --max-failed 50%", err.splitlines()[-1])
+    assert state(tmp_path / "b")["step"] == 2 and len(metrics(tmp_path / "b")) == 2
+    judge.edit = None
+    train.main(config(tmp_path / "b", steps=3, save_every=2, resume=True))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+# -------------------------------------------------------------------------------------------------------------- the flags
+
+def test_every_field_has_help_and_help_lists_its_default(monkeypatch):
+    """Catches: an undocumented flag, a percent sign that breaks --help."""
+    monkeypatch.setenv("COLUMNS", "1000")                                 # argparse would break lines at hyphens
+    code, out, _ = run_script("train.py", "--help")
+    text = " ".join(out.split())
+    assert code == 0
+    for f in fields(train.Config):
+        help = f.metadata["help"]
+        assert len(help) >= 8 and "--" + f.name.replace("_", "-") in text, f.name
+        assert " ".join(help.split()) in text and (f.name == "resume" or f"(default: {f.default})" in text), f.name
+
+
+def test_a_flag_wins_over_a_preset_over_a_default():
+    """Catches: a preset that overrides what was typed."""
+    assert (train.parse([]).algo, train.parse([]).preset, train.parse([]).out, train.parse(["--algo", "nft"]).out) == ("grpo", "shapes", "out/grpo", "out/nft")
+    for (preset, algo), changes in train.PRESETS.items():
+        chosen = ["--preset", preset, "--algo", algo]
+        cfg, defaults = train.parse(chosen), {f.name: f.default for f in fields(train.Config)}
+        assert vars(cfg) == defaults | changes | dict(preset=preset, algo=algo, out=f"out/{algo}")
+        assert vars(train.parse(chosen + ["--lr", "3e-5", "--shared-noise", "true"])) == vars(cfg) | dict(lr=3e-5, shared_noise=True)
+        assert train.parse(chosen + ["--shared-noise", "false"]).shared_noise is False
+
+
+@pytest.mark.parametrize("preset", ["shapes", "kontext"])
+@ALGOS
+def test_every_preset_is_possible(preset, algo):
+    """Catches: a preset that the program itself refuses."""
+    train.check(train.parse(["--algo", algo, "--preset", preset]), 1)
+
+
+def test_whole_groups_live_on_one_process():
+    """Catches: ranks with unequal work, which hang in the next all-reduce."""
+    cfg = config(tasks=4)
+    assert train.check(cfg, 1) == (4, 4, 4) and train.check(cfg, 2) == (2, 2, 2)
+    with pytest.raises(ValueError, match="--tasks 4 .*3 processes"):
+        train.check(cfg, 3)
+
+
+IMPOSSIBLE = {      # what is typed, what the one line must say
+    "unknown flag": (dict(grup=3), "unrecognized arguments: --grup 3"),
+    "unknown choice": (dict(algo="ppo"), "ppo.*grpo.*nft"),
+    "no number": (dict(tasks="many"), "--tasks.*many"),
+    "no truth value": (dict(shared_noise="maybe"), "--shared-noise.*maybe"),
+    "group of one": (dict(group=1), "--group 1 .*2"),
+    "no turns": (dict(turns=0), "--turns 0 .*1"),
+    "window longer than T - 1": (dict(window=3), "--window 3 .* 2 steps .*--train-first 0 .*--train-last 1"),
+    "window reaches the last step": (dict(train_last=2), "--train-last 2 .*0 to 1 .*--denoise 3"),
+    "window ends before it starts": (dict(train_first=1, train_last=0), "--train-first 1 .*--train-last 0"),
+    "no noise": (dict(eta=0), "--eta 0.*greater than 0"),
+    "too much noise": (dict(eta=1.5), "--eta 1.5.*at most 1"),
+    "micro does not divide": (dict(micro=3), "--micro 3 .*4 rows"),
+    "updates do not divide": (dict(updates=3), "--updates 3 .*4 tasks"),
+    "times beyond the grid": (dict(algo="nft", times=4), "--times 4 .* 3 steps"),
+    "learning rate": (dict(lr=-1), "--lr -1.*greater than 0"),
+    "weights of wrong count": (dict(weights="1,2"), "--weights '1,2' .* 3 .*numbers.*following, consistency, success"),
+    "weights all zero": (dict(weights="0,0,0"), "--weights '0,0,0' .*not all 0"),
+    "weights no numbers": (dict(weights="a,b,c"), "--weights 'a,b,c' .*numbers"),
+    "no judge": (dict(judge="/nowhere"), "/nowhere.*neither"),
+    "no data": (dict(data="/nowhere.jsonl"), "/nowhere.jsonl.*no such file"),
+    "no editor": (dict(model="/nowhere"), "/nowhere.*no editor"),
+    "no lora": (dict(lora="/nowhere"), "/nowhere"),
+    "resume without a run": (dict(resume=True), "--resume.*holds no run"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(case, tmp_path):
+    """Catches: tracebacks, defaults taken in silence, an --out that then "already holds a run"."""
+    changes, words = IMPOSSIBLE[case]
+    line = refused("train.py", *flags(tmp_path / "run", **changes))
+    assert re.search(words, line), line
+    assert not (tmp_path / "run").exists()
+
+
+PICTURE = '{"image": "a.png", "instructions": ["Add a ring", "Remove it"]}\n'
+BAD_DATA = {      # the file, what the one line must say
+    "not JSON": (PICTURE + "\n{image: a.png}\n", "line 3 is not JSON"),
+    "no instructions": (PICTURE + '{"image": "a.png"}\n', 'line 2 lacks "instructions"'),
+    "no picture": ('{"instructions": ["Add", "Remove"]}\n', 'line 1 lacks "image"'),
+    "too few instructions": (PICTURE * 2 + '{"image": "a.png", "instructions": ["Add"]}\n', "line 3 has 1 instructions.* 2 turns"),
+    "broken picture": (PICTURE + PICTURE.replace("a.png", "broken.png"), "line 2.*broken.png cannot be read"),
+    "missing picture": (PICTURE.replace("a.png", "b.png"), "line 1.*b.png does not exist"),
+    "no tasks": ("\n", "holds no tasks"),
+    "fewer tasks than B": (PICTURE * 3, "--tasks 4 .* 3 training tasks"),
+    "no scenes for the exact judge": (PICTURE * 8, "exact judge.*--judge"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_refused_with_its_line_and_nothing_is_written(case, tmp_path):
+    """Catches: a run that starts and dies at the first bad picture, or an error that does not say where to look."""
+    text, words = BAD_DATA[case]
+    Image.new("RGB", (60, 50), "red").save(tmp_path / "a.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    (tmp_path / "tasks.jsonl").write_text(text)
+    line = refused("train.py", *flags(tmp_path / "run", data=tmp_path / "tasks.jsonl"))
+    assert re.search(words, line), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_never_overwritten(tmp_path, judge):
+    """Catches: a second run that mixes with the first, or a resumed one under another config."""
+    train.main(config(tmp_path / "run", steps=1))
+    before = digest(tmp_path)
+    assert "already holds a run" in refused("train.py", *flags(tmp_path / "run", steps=1))
+    line = refused("train.py", *flags(tmp_path / "run", steps=4, resume=True, lr=.5, group=4))
+    assert re.search("group 2 -> 4.*lr 0.001 -> 0.5", line) and "steps" not in line
+    assert digest(tmp_path) == before
+    train.main(config(tmp_path / "run", steps=1, resume=True))               # nothing left to do, and nothing undone
+    assert digest(tmp_path) == before
+
+
+def test_training_on_pictures_of_ones_own(tmp_path, judge):
+    """Catches: a path that only the embedded world takes: other sizes, tasks without scenes, a LoRA to start from."""
+    Image.effect_noise((60, 50), 90).convert("RGB").save(tmp_path / "a.png")
+    (tmp_path / "tasks.jsonl").write_text(PICTURE * 12)
+    options = dict(data=tmp_path / "tasks.jsonl", height=32, width=64, steps=1, val_tasks=2)
+    train.main(config(tmp_path / "a", **options))
+    train.main(config(tmp_path / "b", "nft", **options, lora=tmp_path / "a"))
+    assert all(metrics(tmp_path / name)[0]["update/grad_norm"] > 0 for name in "ab")
+    saved = load_file(tmp_path / "a" / model.LORA_FILE)
+    values = state(tmp_path / "b")["sets"]["ref"]
+    assert len(values) == len(saved) and sorted(v.norm().item() for v in values) == pytest.approx(sorted(v.norm().item() for v in saved.values()))
+
+
+def test_the_whole_transformer_can_be_trained(tmp_path, judge):
+    """Catches: --lora-rank 0 that trains nothing, or saves what eval.py cannot load."""
+    train.main(config(tmp_path, steps=1, lora_rank=0, lr=1e-4))
+    editor = model.load_weights(new_editor(), tmp_path)
+    assert all(torch.allclose(p, v) for p, v in zip(editor.trained.values(), state(tmp_path)["sets"]["ema"], strict=True))

@@ -1,0 +1,355 @@
+"""The embedded world: what is drawn, what is asked, and a judge that has to be right about both."""
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from shapes import world
+from shapes.world import BACKGROUNDS, CELL, COLORS, CONTENTS, HELD_OUT, KINDS, MATERIALS, PLACES, SHAPES, SIZE
+
+ROOT = Path(__file__).resolve().parent.parent
+EDIVAL = {"subject_add", "subject_remove", "subject_replace", "color_alter", "material_alter", "position_change",
+          "background_change", "count_change", "text_change"}
+TASKS = world.dialogues("test", 200, 3)
+TEXTS = [text for texts, _, _ in TASKS for text in texts]
+KIND = np.array([kind for _, kinds, _ in TASKS for kind in kinds])
+BEFORE = [scene for _, _, scenes in TASKS for scene in scenes[:-1]]
+AFTER = [scene for _, _, scenes in TASKS for scene in scenes[1:]]
+RIGHT = world.render(AFTER)
+CLEAN = world.judge(RIGHT, BEFORE, AFTER)
+
+
+def differing(before, after):
+    return [i for i in range(9) if before.cells[i] != after.cells[i]]
+
+
+def put(scene, changes):
+    return scene._replace(cells=tuple(changes.get(i, c) for i, c in enumerate(scene.cells)))
+
+
+def spoil(scene, i, how, rng, free):
+    """The scene with the object in cell i spoiled in one way; `free` are cells that it may wrongly be moved to."""
+    o, other = scene.cells[i], lambda names, name: rng.choice([n for n in names if n != name])
+    return put(scene, {"missing": {i: None}, "moved": {i: None, rng.choice(free): o},
+                       "recoloured": {i: o._replace(color=other(COLORS, o.color))},
+                       "reshaped": {i: o._replace(shape=other(SHAPES, o.shape))},
+                       "wrong material": {i: o._replace(material=other(MATERIALS, o.material))}}[how])
+
+
+SPOILS = ("missing", "moved", "recoloured", "reshaped", "wrong material")
+
+
+def cell(picture, i):
+    """A view of one cell of a picture."""
+    row, column = divmod(i, 3)
+    return picture[row * CELL:(row + 1) * CELL, column * CELL:(column + 1) * CELL]
+
+
+def smear(patch, how):
+    if how == "averaged":
+        return np.broadcast_to(patch.mean((0, 1)).round().astype(np.uint8), patch.shape)
+    return np.asarray(Image.fromarray(patch).filter(ImageFilter.GaussianBlur(3)))
+
+
+def blur(pictures, radius):
+    return np.stack([np.asarray(Image.fromarray(p).filter(ImageFilter.GaussianBlur(radius))) for p in pictures])
+
+
+def reads_as(pictures, scenes):
+    """(n,) bool: the judge reads exactly this scene."""
+    background, contents, _, _ = world.read(pictures)
+    ground, want = world.encode_scenes(scenes)
+    return (background == ground) & (contents == want).all(1)
+
+
+def objects_named(text):
+    """(colour, shape) of the objects that an instruction takes to be there: "the red star"."""
+    return re.findall(rf"the ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})", text)
+
+
+def u8(x):
+    return x.round().clip(0, 255).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+def test_every_content_in_every_place_on_every_background_reads_back_right():
+    """Cells swapped between row and column, sprites that look alike, a palette with two equal entries."""
+    rng, scenes = random.Random(0), []
+    for background in BACKGROUNDS:
+        contents = rng.sample(CONTENTS, len(CONTENTS))
+        for i in range(0, len(contents), 5):    # 5 of 9 cells full, as in a dialogue
+            for shift in range(9):
+                cells = {(2 * j + shift) % 9: content for j, content in enumerate(contents[i:i + 5])}
+                scenes.append(put(world.Scene(background, (None,) * 9), cells))
+    assert reads_as(world.render(scenes), scenes).all()
+    assert reads_as(RIGHT, AFTER).all()
+
+
+def test_shapes_are_drawn_with_soft_edges():
+    """Hard edges: a VAE's blur would already count as an error of the editor."""
+    assert all(((0 < world._mask(shape)) & (world._mask(shape) < 1)).mean() > .05 for shape in SHAPES)
+
+
+# --------------------------------------------------------------------------------------------------------------- judge
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_right_picture_succeeds_and_a_copy_of_the_input_fails(kind):
+    """A kind whose change the judge does not look at, or that scores against the wrong one of the two scenes."""
+    rows = np.flatnonzero(KIND == kind)
+    assert len(rows) > 20
+    success, following, consistency = (v[rows] for v in CLEAN)
+    assert (success == 1).all() and following.min() > .8 and consistency.min() > .9
+    b, a = [BEFORE[i] for i in rows], [AFTER[i] for i in rows]
+    success, following, consistency = world.judge(world.render(b), b, a)
+    assert (success == 0).all() and following.max() < .7 and following.mean() < .3
+    if kind != "background_change":       # nothing else changed: a failed edit is not charged to consistency as well
+        assert consistency.min() > .9
+
+
+@pytest.mark.parametrize("how", SPOILS + ("averaged", "blurred"))
+def test_a_spoiled_result_of_the_asked_edit_is_no_success(how):
+    """A judge content with something at the right place, or that takes the nearest reading of a blur for an object."""
+    rng, rows, pictures = random.Random(1), [], []
+    for n, (before, after) in enumerate(zip(BEFORE, AFTER)):
+        made = [i for i in differing(before, after) if after.cells[i]]
+        if made:
+            free = [i for i in range(9) if not before.cells[i] and not after.cells[i]]
+            picture = RIGHT[n].copy()
+            if how in SPOILS:
+                picture = world.render([spoil(after, made[0], how, rng, free)])[0]
+            else:
+                cell(picture, made[0])[:] = smear(cell(picture, made[0]), how)
+            rows.append(n), pictures.append(picture)
+    success, following, _ = world.judge(np.stack(pictures), [BEFORE[n] for n in rows], [AFTER[n] for n in rows])
+    assert len(rows) > 300
+    # a blurred purple disc on grey or yellow one on sand is still nearest to itself
+    assert success.mean() < (.02 if how == "blurred" else 1e-9)
+    assert following.mean() < CLEAN[1][rows].mean() - .2
+
+
+def test_a_move_that_leaves_the_old_object_or_loses_it_is_no_success():
+    """A judge that looks only at the target cell, or only at the cell that should be empty."""
+    for pick in (0, 1):
+        rows = np.flatnonzero(KIND == "position_change")
+        half = []
+        for n in rows:      # one of the two changed cells as before, the other as after
+            i = differing(BEFORE[n], AFTER[n])[pick]
+            half.append(put(AFTER[n], {i: BEFORE[n].cells[i]}))
+        success, following, _ = world.judge(world.render(half), [BEFORE[n] for n in rows], [AFTER[n] for n in rows])
+        assert (success == 0).all() and (abs(following - .5) < .15).all()
+
+
+@pytest.mark.parametrize("how", SPOILS + ("averaged", "blurred", "wrong background"))
+def test_a_side_effect_lowers_consistency_and_leaves_success(how):
+    """Collateral damage that goes unnoticed, or that is charged to the instruction."""
+    rng, rows, pictures = random.Random(2), [], []
+    for n, (before, after) in enumerate(zip(BEFORE, AFTER)):
+        kept = [i for i in range(9) if before.cells[i] == after.cells[i] and after.cells[i]]
+        free = [i for i in range(9) if not before.cells[i] and not after.cells[i]]
+        if how == "wrong background":
+            if before.background == after.background:
+                ground = rng.choice([b for b in BACKGROUNDS if b != after.background])
+                rows.append(n), pictures.append(world.render([after._replace(background=ground)])[0])
+        elif kept:
+            i, picture = rng.choice(kept), RIGHT[n].copy()
+            if how in SPOILS:
+                picture = world.render([spoil(after, i, how, rng, free)])[0]
+            else:
+                cell(picture, i)[:] = smear(cell(picture, i), how)
+            rows.append(n), pictures.append(picture)
+    befores, afters = [BEFORE[n] for n in rows], [AFTER[n] for n in rows]
+    success, following, consistency = world.judge(np.stack(pictures), befores, afters)
+    drop = CLEAN[2][rows] - consistency
+    assert len(rows) > 300 and (success == 1).all() and np.abs(following - CLEAN[1][rows]).max() < .2
+    margin = .14 if how == "wrong background" else .04      # seen in the pixels of all cells, and as a symbol
+    assert (drop > margin).mean() > (.97 if how == "blurred" else .9999) and drop.mean() > .06
+
+
+@pytest.mark.parametrize("wreck", ["noise", "black", "mid-grey"])
+def test_a_picture_of_nothing_scores_nothing(wreck):
+    """A collapsed editor is paid for its background edits, since some background is always the nearest."""
+    shape = RIGHT[:150].shape
+    pictures = {"noise": np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8),
+                "black": np.zeros(shape, np.uint8), "mid-grey": np.full(shape, 128, np.uint8)}[wreck]
+    success, following, consistency = world.judge(pictures, BEFORE[:150], AFTER[:150])
+    assert success.max() == 0 and following.max() < .3 and consistency.max() < .3
+
+
+def test_what_a_vae_does_to_pictures_is_forgiven():
+    """An error rate of the judge itself over 1 %: it would be taken for the editor's."""
+    rng = np.random.default_rng(0)
+    noise, drift = rng.normal(0, 1, RIGHT.shape), rng.uniform(-1, 1, (len(RIGHT), 1, 1, 3))
+    for name, pictures in {"noise": u8(RIGHT + 12 * noise), "drift": u8(RIGHT + 12 * drift), "blur": blur(RIGHT, .6),
+                           "all": u8(blur(RIGHT, .5) + 6 * noise + 8 * drift)}.items():
+        success, following, consistency = world.judge(pictures, BEFORE, AFTER)
+        assert reads_as(pictures, AFTER).mean() > .99 and success.mean() > .99, name
+        assert following.mean() > .8 and consistency.mean() > .85, name
+        assert consistency.mean() < CLEAN[2].mean() - .01, name      # but it is graded by pixel distance, too
+
+
+VAE = ROOT / "shapes" / "editor" / "vae"
+
+
+@pytest.mark.skipif(not (VAE / "config.json").is_file(), reason="no shapes/editor: python -m shapes.pretrain makes it")
+def test_reconstructions_of_the_shipped_vae_read_back_right():
+    """A VAE that blurs objects beyond recognition, so that no editor built on it could succeed."""
+    import torch
+    from diffusers import AutoencoderKL
+    vae, n = AutoencoderKL.from_pretrained(VAE).eval().to(memory_format=torch.channels_last), 300
+
+    @torch.no_grad()
+    def reconstruct(scenes):
+        x = torch.from_numpy(world.render(scenes)).permute(0, 3, 1, 2).float() / 127.5 - 1     # channels last, as it is
+        y = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in x.split(50)])
+        return ((y.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+    pictures = reconstruct(AFTER[:n])
+    assert reads_as(pictures, AFTER[:n]).mean() >= .99
+    assert world.judge(pictures, BEFORE[:n], AFTER[:n])[0].mean() >= .99
+    assert world.judge(reconstruct(BEFORE[:30]), BEFORE[:30], AFTER[:30])[0].mean() == 0
+
+
+def test_the_graded_score_falls_all_the_way_towards_the_wrong_picture():
+    """A graded score that is flat, or rises on the way to a wrong picture: its groups teach nothing, or worse."""
+    before, after, means, last = BEFORE[::2], AFTER[::2], [], None
+    right, wrong = (world.render(scenes).astype(np.float32) for scenes in (after, before))
+    for t in np.linspace(0, 1, 9):
+        _, following, _ = world.judge(u8((1 - t) * right + t * wrong), before, after)
+        assert last is None or (following <= last + .05).all()      # halfway may look like a third thing
+        last = following
+        means.append(following.mean())
+    assert (np.diff(means) < -.01).all() and means[0] - means[-1] > .8
+
+
+def test_the_judge_refuses_what_it_cannot_judge():
+    """A judge that scores an edit that changes nothing as done, or a picture of another size by reshaping it."""
+    with pytest.raises(ValueError, match="edit 1 of 2 changes nothing"):
+        world.judge(RIGHT[:2], [BEFORE[0], AFTER[1]], AFTER[:2])
+    with pytest.raises(ValueError, match="48 x 48.*96, 24"):
+        world.read(np.zeros((1, 96, 24, 3), np.uint8))
+    with pytest.raises(ValueError, match="'valid' is none of train, val, test"):
+        world.dialogues("valid", 1, 3)
+    with pytest.raises(ValueError, match="'paint' is none of"):
+        world.sample_edit(BEFORE[0], random.Random(0), "paint")
+
+
+# ----------------------------------------------------------------------------------------------------------- dialogues
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_instruction_says_exactly_what_changes(kind):
+    """A wrong place, colour or object in the text, a change it does not speak of, or a plan on another scene."""
+    for n in np.flatnonzero(KIND == kind):
+        text, before, after = TEXTS[n], BEFORE[n], AFTER[n]
+        cells = differing(before, after)
+        assert (before.background != after.background) == (kind == "background_change")
+        named = objects_named(text)
+        if kind == "background_change":
+            assert not cells and re.search(rf"\b{after.background}\b", text) and "background" in text
+            continue
+        old, new = before.cells[cells[0]], after.cells[cells[0]]
+        if kind == "position_change":
+            old, to = (old or new), cells[1] if old else cells[0]
+            assert len(cells) == 2 and {before.cells[i] for i in cells} == {after.cells[i] for i in cells}
+            assert text.endswith(f"the {PLACES[to]}") and not before.cells[to]
+        else:
+            assert len(cells) == 1
+        if kind == "subject_add":
+            assert old is None and f"a {new.color} {new.material} {new.shape} " in text and not named
+            assert text.removesuffix(" cell").endswith(f"the {PLACES[cells[0]]}")
+            continue
+        # the object that the text names is the one that changes, and no other object has its colour and shape
+        assert named == [(old.color, old.shape)]
+        assert [(c.color, c.shape) for c in before.cells if c].count(named[0]) == 1
+        told = text.split(f"{old.color} {old.shape}", 1)[1]
+        if kind == "subject_remove":
+            assert new is None and not told
+        if kind == "subject_replace":
+            assert new.shape != old.shape and told.endswith(f"a {new.color} {new.material} {new.shape}")
+        if kind == "color_alter":
+            assert new == old._replace(color=new.color) and told.endswith(f" {new.color}")
+        if kind == "material_alter":
+            assert new == old._replace(material=new.material) and new.material.removesuffix("en") in told
+
+
+def test_no_expected_scene_holds_two_objects_of_the_same_colour_and_shape():
+    """"The red star" would be ambiguous at a later turn, and a right edit be judged wrong."""
+    for _, _, scenes in world.dialogues("train", 300, 6):
+        for scene in scenes:
+            names = [(c.color, c.shape) for c in scene.cells if c]
+            assert len(set(names)) == len(names) and names
+
+
+def test_kinds_of_a_dialogue_differ_and_are_seven_of_edivals_nine():
+    """A dialogue of three recolourings, or names under which results could not be set beside EdiVal's."""
+    assert len(set(KINDS)) >= 7 and set(KINDS) <= EDIVAL and set(KIND) == set(KINDS)
+    for K in (1, 3, 7):
+        assert all(len(set(kinds)) == len(kinds) == K for _, kinds, _ in world.dialogues("val", 100, K))
+    shapes = {(len(texts), len(kinds), len(scenes)) for texts, kinds, scenes in TASKS}
+    assert shapes == {(3, 3, 4)}
+
+
+def test_long_dialogues_end():
+    """A scene in which the one kind left is impossible: sampling would go on forever."""
+    class Patience(random.Random):
+        def choice(self, options):
+            self.calls = getattr(self, "calls", 0) + 1
+            assert self.calls < 50_000, "sampling does not end"
+            return super().choice(options)
+
+    allowed = [o for o in CONTENTS[1:] if o not in HELD_OUT]
+    for seed, K in (("train 544", 9), ("train 523", 20), ("train 1784", 20)):     # these do get stuck
+        assert len(world.sample_dialogue(Patience(seed), K, allowed)[0]) == K
+
+
+def test_every_kind_is_told_in_several_phrasings():
+    """An editor trained on one template does not learn English."""
+    for kind in KINDS:
+        assert len({TEXTS[n].split(" the ")[0].split(" a ")[0] for n in np.flatnonzero(KIND == kind)}) >= 2
+
+
+def test_later_instructions_refer_to_earlier_edits():
+    """Dialogues planned on the original scene: the turns would be independent, and errors could not add up."""
+    later = 0
+    for texts, _, scenes in TASKS:
+        there = {(c.color, c.shape) for c in scenes[0].cells if c}
+        for text in texts[1:]:
+            later += any(name not in there for name in objects_named(text))
+    assert later > .05 * 2 * len(TASKS)
+
+
+def test_a_dialogue_is_a_function_of_split_and_index_alone():
+    """Tasks that depend on the global random state, on what was drawn before, or on Python's hash seed."""
+    random.seed(1)
+    one = world.dialogues("test", 3, 3, start=4)
+    random.seed(2)
+    assert one == world.dialogues("test", 7, 3)[4:] == TASKS[4:7]
+    code = "from shapes import world; print(world.dialogues('test', 3, 3, 4), sorted(world.HELD_OUT))"
+    for seed in "01":
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed},
+                                check=True, capture_output=True, text=True)
+        assert result.stdout.strip() == f"{one} {sorted(HELD_OUT)}"
+
+
+def test_splits_share_no_dialogue():
+    """A gain measured on the tasks that were trained on."""
+    splits = [{repr(d) for d in world.dialogues(split, 500, 3)} for split in ("train", "val", "test")]
+    assert [len(s) for s in splits] == [500] * 3 and len(set.union(*splits)) == 1500
+    assert len({repr(d[2][0]) for split in ("train", "val", "test") for d in world.dialogues(split, 500, 3)}) == 1500
+
+
+def test_held_out_combinations_appear_in_the_test_split_only():
+    """Held-out objects that training sees, in a first scene or by an edit; or a test split that does without them."""
+    assert .05 < len(HELD_OUT) / (len(CONTENTS) - 1) < .25
+    for split in ("train", "val", "test"):
+        shown, asked = set(), set()
+        for _, _, scenes in world.dialogues(split, 500, 3):
+            shown |= set(scenes[0].cells) & HELD_OUT
+            asked |= {c for scene in scenes[1:] for c in scene.cells} & HELD_OUT
+        assert (shown == asked == HELD_OUT) if split == "test" else not shown | asked
