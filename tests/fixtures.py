@@ -1,4 +1,4 @@
-"""What several test files share: the embedded editor, small tasks, a cheap judge, and the scripts run in this process."""
+"""What several test files share: the embedded editor, small tasks, a cheap judge, the scripts run in this process."""
 import contextlib
 import functools
 import io
@@ -13,7 +13,7 @@ import data
 import model
 from rollout import stack_images
 
-torch.set_num_threads(1)      # on pictures this small a second thread mostly waits, for seconds where the machine is busy
+torch.set_num_threads(1)      # on pictures this small a second thread mostly waits, for long where the machine is busy
 
 ROOT = Path(__file__).resolve().parent.parent
 _folders = []           # temporary folders, removed at exit
@@ -21,7 +21,7 @@ _folders = []           # temporary folders, removed at exit
 
 @functools.lru_cache
 def editor_folder():
-    """shapes/editor; where it is missing, an editor of the same architecture with random weights, built once a session."""
+    """shapes/editor; where it is missing, an editor of its architecture with random weights, built once a session."""
     if (ROOT / "shapes" / "editor" / "model_index.json").is_file():
         return str(ROOT / "shapes" / "editor")
     from diffusers import AutoencoderKL
@@ -72,9 +72,9 @@ def resized(tasks, size):
 
 
 class Judge:
-    """Colours as rewards: cheap, never constant within a group, sensitive to every pixel. `edit(r, tasks, k)` may spoil them.
+    """Colours as rewards: cheap, never constant within a group, sensitive to every pixel.
 
-    Refuses tasks that do not belong to the pictures they come with.
+    `edit(r, tasks, k)` may spoil them. Refuses tasks that do not belong to the pictures they come with.
     """
     names, weights = ["following", "consistency"], [.5, .5]
 

@@ -1,4 +1,4 @@
-"""rollout.py: noise that is a function of its key, turns that chain on their own rounded output, steps that can be replayed."""
+"""rollout.py: noise that is a function of its key, turns that chain on their own output, steps that can be replayed."""
 import pytest
 import torch
 
@@ -20,7 +20,7 @@ def near(a, b):
     return difference.max() <= 1 and (difference > 0).float().mean() < .01
 
 
-# ------------------------------------------------------------------------------------------------------------------ noise
+# ---------------------------------------------------------------------------------------------------------------- noise
 
 def test_noise_is_a_pure_function_of_its_key():
     """Catches: noise from the global generator, which a resume or another number of processes would shift."""
@@ -59,14 +59,15 @@ def test_seed_step_task_sample_turn_and_step_each_change_the_noise():
     for k in range(K):
         for j in range(2):
             t, t_next = a.t[j].item(), a.t[j + 1].item()
-            v = editor.velocity(a.x[:, k, j], a.t[j].expand(G), a.cond_rows(k, torch.arange(G), "cpu"), a.context[:, k], (48, 48))
+            cond = a.cond_rows(k, torch.arange(G), "cpu")
+            v = editor.velocity(a.x[:, k, j], a.t[j].expand(G), cond, a.context[:, k], (48, 48))
             _, _, mu, std = sde_step(v, a.x[:, k, j], t, t_next, .7, x_next=a.x[:, k, j + 1])
             noises.append((a.x[:, k, j + 1] - mu) / std)
     x = torch.cat(noises + [a.x[:, k, 0] for k in range(K)])
     assert (torch.corrcoef(x.flatten(1).detach()) - torch.eye(len(x))).abs().max() < .25
 
 
-# ------------------------------------------------------------------------------------------------------------------ turns
+# ---------------------------------------------------------------------------------------------------------------- turns
 
 def test_same_seed_same_pictures_other_seed_others():
     """Catches: any unseeded random number in the rollout."""
@@ -78,7 +79,7 @@ def test_same_seed_same_pictures_other_seed_others():
 
 
 def test_a_turn_is_conditioned_on_the_uint8_output_of_the_turn_before():
-    """Catches: every turn from the source, latents passed on without decoding and rounding, or a row's neighbour's picture."""
+    """Catches: every turn from the source, latents passed on without decoding and rounding, a neighbour's picture."""
     editor = new_editor()
     a = roll(editor, make_tasks(2))
     assert a.images.dtype == torch.uint8
@@ -134,20 +135,26 @@ def test_each_turn_is_handed_to_the_judge_once_with_the_pictures_so_far():
 
 
 def test_micro_batches_and_tasks_in_two_calls_change_nothing():
-    """Catches: noise keyed by the row within a micro-batch or within a process, `task_rows` ignored, parts out of order."""
+    """Catches: noise keyed by the row in a micro-batch or in a process, `task_rows` ignored, parts out of order."""
     editor, tasks = new_editor(), make_tasks(4)
     whole = roll(editor, tasks, **WINDOW, shared_noise=True)
     micro = roll(editor, tasks, **WINDOW, shared_noise=True, micro=2)
     halves = [roll(editor, tasks[i:i + 2], **WINDOW, shared_noise=True, task_rows=[i, i + 1]) for i in (0, 2)]
-    for other in (micro, halves):
-        joined = (lambda name: getattr(other, name)) if other is micro else (lambda name: torch.cat([getattr(h, name) for h in other]))
+    for parts in ([micro], halves):
+        joined = lambda name: torch.cat([getattr(part, name) for part in parts])
         assert near(whole.images, joined("images"))
         assert torch.allclose(whole.x[:, 0], joined("x")[:, 0], atol=1e-5)        # turn 1; later ones see the rounding
         assert torch.allclose(whole.logp, joined("logp"), atol=1e-4)
-    assert not near(halves[0].images[:, 1:], roll(editor, tasks[:2], **WINDOW, shared_noise=True, task_rows=[2, 3]).images[:, 1:])
+    elsewhere = roll(editor, tasks[:2], **WINDOW, shared_noise=True, task_rows=[2, 3])
+    assert not near(halves[0].images[:, 1:], elsewhere.images[:, 1:])
 
 
-# ------------------------------------------------------------------------------------------------------------- the window
+# ----------------------------------------------------------------------------------------------------------- the window
+
+def noise(k, i):
+    """The noise that rows of two tasks get at turn k: i = 0 where it starts, i + 1 in stochastic step i."""
+    return torch.stack([draw_noise((9, 64), 5, 1, s // G, s % G, k, i) for s in range(2 * G)])
+
 
 def replay(editor, a, x, k, first, last):
     """Euler steps first .. last-1 of turn k from latents x."""
@@ -165,19 +172,18 @@ def test_recorded_steps_are_stochastic_steps_with_their_log_probability(kind, st
     a = roll(editor, tasks, eta=.6, kind=kind, window=2, start=start)
     for k in range(K):
         cond = a.cond_rows(k, torch.arange(2 * G), "cpu")
-        noise = torch.stack([draw_noise((9, 64), 5, 1, s // G, s % G, k, 0) for s in range(2 * G)])
-        assert torch.allclose(replay(editor, a, noise, k, 0, start), a.x[:, k, 0], atol=1e-5)
+        assert torch.allclose(replay(editor, a, noise(k, 0), k, 0, start), a.x[:, k, 0], atol=1e-5)
         for j in range(2):
             i = start + j
-            noise = torch.stack([draw_noise((9, 64), 5, 1, s // G, s % G, k, i + 1) for s in range(2 * G)])
+            eps = noise(k, i + 1)
             with torch.no_grad():
                 v = editor.velocity(a.x[:, k, j], a.t[i].expand(2 * G), cond, a.context[:, k], (48, 48))
             step = (v, a.x[:, k, j], a.t[i].item(), a.t[i + 1].item(), .6, kind, a.t[1].item())
-            x_next, logp, _, std = sde_step(*step, noise=noise)
+            x_next, logp, _, std = sde_step(*step, noise=eps)
             assert std > 0 and torch.equal(x_next, a.x[:, k, j + 1]) and torch.equal(logp, a.logp[:, k, j])
             assert torch.equal(sde_step(*step, x_next=a.x[:, k, j + 1])[1], a.logp[:, k, j])
             # -mean (std eps)^2 / 2 std^2 = -mean eps^2 / 2
-            assert torch.allclose(logp, -noise.square().mean((1, 2)) / 2, atol=1e-3)
+            assert torch.allclose(logp, -eps.square().mean((1, 2)) / 2, atol=1e-3)
         assert near(editor.decode(replay(editor, a, a.x[:, k, 2], k, start + 2, T), (48, 48)), a.images[:, k + 1])
 
 
@@ -190,7 +196,7 @@ def test_without_noise_the_window_is_euler():
             a = roll(editor, tasks, eta=eta, kind=kind, window=2, start=1)
             difference = (a.images.int() - euler.images.int()).abs()
             assert difference.max() <= 1 + tolerance and (difference > 0).float().mean() < .05
-    assert torch.equal(a.x[:, 0, 0], replay(editor, a, torch.stack([draw_noise((9, 64), 5, 1, s // G, s % G, 0, 0) for s in range(2 * G)]), 0, 0, 1))
+    assert torch.equal(a.x[:, 0, 0], replay(editor, a, noise(0, 0), 0, 0, 1))
 
 
 @pytest.mark.parametrize("start, window", [(2, 2), (0, 4), (3, 1), (-1, 2)])
@@ -203,7 +209,7 @@ def test_a_window_that_reaches_the_last_step_is_refused(start, window):
 def test_groups_share_their_initial_noise_and_nothing_else():
     """Catches: sharing over tasks or turns, or the window's noise shared too (then a group has no variance at all)."""
     editor, tasks = new_editor(), make_tasks(2)
-    tasks[1].image, tasks[1].instructions = tasks[0].image, tasks[0].instructions     # so that noise alone tells rows apart
+    tasks[1].image, tasks[1].instructions = tasks[0].image, tasks[0].instructions    # noise alone tells rows apart
     a = roll(editor, tasks, shared_noise=True)
     rows = a.images.view(2, G, K + 1, -1)
     assert near(rows[:, :1].expand_as(rows), rows)
@@ -218,7 +224,7 @@ def test_groups_share_their_initial_noise_and_nothing_else():
     assert (x[0, 0, 0, 0] - x[0, 0, 1, 0]).abs().max() > .1 and (x[0, 0, 0, 0] - x[1, 0, 0, 0]).abs().max() > .1
 
 
-# -------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 def test_pictures_of_two_sizes_are_refused():
     """Catches: a stacking error of numpy in place of the two sizes."""

@@ -1,5 +1,4 @@
-"""train.py: gradients by longhand, exact resume, processes that agree, and every impossible wish refused in one line."""
-import hashlib
+"""train.py: gradients by longhand, exact resume, processes that agree, every impossible wish refused in one line."""
 import json
 import os
 import re
@@ -27,12 +26,16 @@ B, G, K, T, SIZE = 4, 2, 2, 3, (48, 48)
 
 def flags(out, algo="grpo", **changes):
     """A small run as command-line words; changes by field name, None leaves a flag out."""
-    options = dict(algo=algo, model=editor_folder(), out=out, tasks=B, group=G, turns=K, denoise=T, eval_denoise=2, steps=2, lora_rank=4,
-                   lora_alpha=8, lr=1e-3, ema=.9, min_std=0, updates=2, times=1, val_tasks=0, sample_every=1000, save_every=3) | changes
+    options = dict(algo=algo, model=editor_folder(), out=out, tasks=B, group=G, turns=K, denoise=T, eval_denoise=2,
+                   steps=2, lora_rank=4, lora_alpha=8, lr=1e-3, ema=.9, min_std=0, updates=2, times=1, val_tasks=0,
+                   sample_every=1000, save_every=3) | changes
     last = options["denoise"] - (2 if algo == "grpo" else 1)
     options = dict(train_first=0, train_last=last) | (dict(window=1) if algo == "grpo" else {}) | options
-    words = [["--" + name.replace("_", "-"), str(value)] for name, value in options.items() if value is not None and value is not True]
-    return sum(words, []) + ["--" + name for name, value in options.items() if value is True]
+    words = []
+    for name, value in options.items():
+        if value is not None:
+            words += ["--" + name.replace("_", "-")] + [str(value)] * (value is not True)
+    return words
 
 
 def config(out="unused", algo="grpo", **changes):
@@ -75,12 +78,17 @@ def assert_same_run(a, b):
     assert without_seconds(metrics(a)) == without_seconds(metrics(b))
 
 
+def norms(tensors):
+    """To compare tensors whatever their names and order."""
+    return sorted(v.norm().item() for v in tensors)
+
+
 def digest(folder):
     """Names and contents of all files under a folder."""
-    return {str(f.relative_to(folder)): hashlib.md5(f.read_bytes()).hexdigest() for f in sorted(Path(folder).rglob("*")) if f.is_file()}
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(Path(folder).rglob("*")) if f.is_file()}
 
 
-# ------------------------------------------------------------------------------------------- one update, against longhand
+# ----------------------------------------------------------------------------------------- one update, against longhand
 
 class Recorder:
     """An optimizer that notes the gradients and moves nothing."""
@@ -97,7 +105,7 @@ class Recorder:
 
 
 def sampled(cfg, policy_is_old=True):
-    """An editor whose policy, old and ref differ (old = policy where the ratio must be 1), and a trajectory of B tasks."""
+    """An editor whose policy, old and ref differ (old = policy where the ratio must be 1), and a trajectory."""
     editor = new_editor(4, 8, moved=.05)
     editor.copy_weights("old")
     if not policy_is_old:
@@ -108,12 +116,14 @@ def sampled(cfg, policy_is_old=True):
 def sample(editor, cfg, n=B, micro=None):
     window = dict(eta=cfg.eta, kind=cfg.step_kind, window=cfg.window, start=1) if cfg.algo == "grpo" else {}
     with editor.weights("old"):
-        return rollout(editor, make_tasks(n), G, K, cfg.denoise, (cfg.seed, 1), **window, shared_noise=cfg.shared_noise, micro=micro)
+        return rollout(editor, make_tasks(n), G, K, cfg.denoise, (cfg.seed, 1), **window, shared_noise=cfg.shared_noise,
+                       micro=micro)
 
 
 def gradients(editor, cfg, trajectory, A, weight, rows=None, micro=None):
     cfg.grad_norm, recorder = 1e9, Recorder(editor)
-    info = train.update(editor, trajectory, A, weight, recorder, cfg, 1, rows or len(A), micro or rows or len(A), torch.arange(len(A) // cfg.group), 1)
+    rows, own = rows or len(A), torch.arange(len(A) // G)
+    info = train.update(editor, trajectory, A, weight, recorder, cfg, 1, rows, micro or rows, own, 1)
     return recorder.gradients, info
 
 
@@ -150,7 +160,8 @@ def longhand(editor, cfg, a, A, weight, rows):
             v = editor.velocity(*arguments)
             if cfg.algo == "grpo":
                 i = a.start + j
-                logp = sde_step(v, x, a.t[i].item(), a.t[i + 1].item(), cfg.eta, cfg.step_kind, a.t[1].item(), x_next=a.x[rows, k, j + 1])[1]
+                _, logp, _, _ = sde_step(v, x, a.t[i].item(), a.t[i + 1].item(), cfg.eta, cfg.step_kind, a.t[1].item(),
+                                         x_next=a.x[rows, k, j + 1])
                 loss = grpo_loss(logp, a.logp[rows, k, j], A[rows, k], cfg.clip)[0]
             else:
                 loss = nft_loss(v, v_old, x, a.x[rows, k, 0], t, A[rows, k], cfg.beta)[0]
@@ -164,13 +175,14 @@ def assert_close(a, b, tolerance=1e-5):
     assert (a - b).norm() <= tolerance * b.norm() and b.norm() > 0, ((a - b).norm(), b.norm())
 
 
-CASES = [("grpo", dict(window=1)), ("grpo", dict(denoise=4, window=2, kl=.3)), ("grpo", dict(step_kind="sde", window=1, shared_noise="false")),
+CASES = [("grpo", dict(window=1)), ("grpo", dict(denoise=4, window=2, kl=.3)),
+         ("grpo", dict(step_kind="sde", window=1, shared_noise="false")),
          ("nft", dict(times=1, kl=0)), ("nft", dict(times=2, beta=.5, kl=.3))]
 
 
-@pytest.mark.parametrize("algo, changes", CASES, ids=lambda c: c if isinstance(c, str) else " ".join(f"{n}={v}" for n, v in c.items()))
+@pytest.mark.parametrize("algo, changes", CASES, ids=str)
 def test_the_gradient_of_an_update_is_that_of_the_formula(algo, changes):
-    """Catches: a missing 1 / K or 1 / W, a wrong turn, window step, set, or denominator; KL without gradient or weight."""
+    """Catches: a missing 1 / K or 1 / W, a wrong turn, window step, set or denominator; KL without gradient."""
     cfg = config(algo=algo, **changes)
     editor, a = sampled(cfg, policy_is_old=algo == "grpo")
     A, weight = advantage_rows()
@@ -184,7 +196,7 @@ def test_the_gradient_of_an_update_is_that_of_the_formula(algo, changes):
 
 @ALGOS
 def test_the_gradient_does_not_depend_on_the_micro_batches(algo):
-    """Catches: each micro-batch divided by its own size, gradients zeroed in between, noise keyed by the row in the batch."""
+    """Catches: each micro-batch divided by its own size, gradients zeroed in between, noise keyed by its rows."""
     cfg = config(algo=algo, kl=.1)
     editor, a = sampled(cfg)
     A, weight = advantage_rows()
@@ -197,7 +209,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(algo):
 
 @ALGOS
 def test_rows_of_weight_zero_do_not_move_the_gradient(algo):
-    """Catches: failed or uninformative groups that still count in the denominator, or whose garbage leaks into the mean."""
+    """Catches: failed or uninformative groups that count in the denominator, or whose garbage leaks into the mean."""
     cfg = config(algo=algo, kl=.1)
     editor, a = sampled(cfg)
     alone = sample(editor, cfg, n=B - 1)
@@ -261,17 +273,18 @@ def test_a_ratio_that_is_not_1_before_the_first_update_stops_the_run():
 
 @ALGOS
 def test_every_update_moves_the_policy_and_a_tenth_of_the_average(algo):
-    """Catches: ema blended once per rollout, with the decay the wrong way round, or with the weights before the step."""
+    """Catches: ema blended once per rollout, with the decay the wrong way round, or before the step."""
     cfg = config(algo=algo, warmup=0)
     editor, a = sampled(cfg)
-    expected, policies = [v.clone() for v in editor.sets["ema"]], [[p.detach().clone() for p in editor.trained.values()]]
+    now = lambda: [p.detach().clone() for p in editor.trained.values()]
+    expected, policies = [v.clone() for v in editor.sets["ema"]], [now()]
 
     class Noted(torch.optim.AdamW):
         def step(self):
             super().step()
-            policies.append([p.detach().clone() for p in editor.trained.values()])
-    A, weight = advantage_rows()
-    train.update(editor, a, A, torch.ones_like(weight), Noted(editor.trained.values(), 1e-3), cfg, 1, B * G // 2, B * G // 2, torch.arange(B), 1)
+            policies.append(now())
+    (A, weight), optimizer, half = advantage_rows(), Noted(editor.trained.values(), 1e-3), B * G // 2
+    train.update(editor, a, A, torch.ones_like(weight), optimizer, cfg, 1, half, half, torch.arange(B), 1)
     assert len(policies) == 3
     for before, after in zip(policies, policies[1:]):
         assert any((p - q).abs().max() > 1e-4 for p, q in zip(before, after))
@@ -304,12 +317,12 @@ def test_times_of_nft_come_from_the_rollouts_grid_without_replacement():
     assert {forward_noise(a, cfg, s, 0, 0)[0].item() for s in range(B * G)} == set(a.t[1:3].tolist())
 
 
-# ------------------------------------------------------------------------------------------------------- order and chance
+# ----------------------------------------------------------------------------------------------------- order and chance
 
 def test_every_epoch_is_a_permutation_and_a_step_needs_no_history():
     """Catches: tasks drawn with replacement, one order for every epoch, an order that depends on the steps before."""
     tasks = list(range(10))
-    rows = sum((train.choose(tasks, 4, 3, step) for step in range(1, 6)), [])          # 20 = two epochs, steps across the seam
+    rows = sum((train.choose(tasks, 4, 3, step) for step in range(1, 6)), [])  # 20 = two epochs, step 3 across the seam
     assert sorted(rows[:10]) == sorted(rows[10:]) == tasks and rows[:10] != rows[10:] and rows[:10] != tasks
     assert train.choose(tasks, 4, 3, 3) == rows[8:12]
     assert train.choose(tasks, 4, 4, 1) != rows[:4] or train.choose(tasks, 4, 4, 2) != rows[4:8]
@@ -341,11 +354,13 @@ def test_samples_come_from_the_old_weights(algo, tmp_path, monkeypatch, judge):
     if algo == "grpo":
         assert all(torch.equal(v, p) for v, p in zip(editor.sets["old"], after))
     else:
-        assert all(torch.allclose(v, .75 * o + .25 * p, atol=1e-6) for v, o, p in zip(editor.sets["old"], second, after))
-    assert all(torch.equal(v, w) for v, w in zip(first, editor.sets["ref"])) and any((v - w).abs().max() > 0 for v, w in zip(first, second))
+        expected = [.75 * v + .25 * p for v, p in zip(second, after)]
+        assert all(torch.allclose(v, w, atol=1e-6) for v, w in zip(editor.sets["old"], expected))
+    assert all(torch.equal(v, w) for v, w in zip(first, editor.sets["ref"]))
+    assert any((v - w).abs().max() > 0 for v, w in zip(first, second))
 
 
-# ----------------------------------------------------------------------------------------------------------------- resume
+# --------------------------------------------------------------------------------------------------------------- resume
 
 @ALGOS
 def test_six_steps_are_three_and_three_resumed_bit_for_bit(algo, tmp_path, judge):
@@ -358,9 +373,10 @@ def test_six_steps_are_three_and_three_resumed_bit_for_bit(algo, tmp_path, judge
 
     rows, saved = metrics(tmp_path / "a"), state(tmp_path / "a")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and all(row["update/grad_norm"] > 0 for row in rows)
-    names = [n for n in load_file(tmp_path / "a" / model.LORA_FILE) if n.endswith("lora_B.weight")]
-    lora, ema = load_file(tmp_path / "a" / model.LORA_FILE), saved["sets"]["ema"][1::2]
-    assert sorted(lora[n].norm().item() for n in names) == pytest.approx(sorted(2 * v.norm().item() for v in ema), rel=1e-5)   # alpha / r
+    lora = load_file(tmp_path / "a" / model.LORA_FILE)                    # the averaged weights, B times alpha / r
+    A, B_ = (saved["sets"]["ema"][first::2] for first in (0, 1))
+    assert norms(v for n, v in lora.items() if "lora_A" in n) == pytest.approx(norms(A))
+    assert norms(v for n, v in lora.items() if "lora_B" in n) == pytest.approx(norms(2 * v for v in B_))
     assert any((p - v).abs().max() > 1e-5 for p, v in zip(saved["policy"], saved["sets"]["ema"]))
     # the sets are four different things, so none can stand in for another in the comparison above
     assert any((p - v).abs().max() > 1e-5 for p, v in zip(saved["sets"]["ref"], saved["sets"]["ema"]))
@@ -415,10 +431,11 @@ for moment in moments:
 """
 
 
-def run_python(*words, **options):
-    """python WORDS in a process of its own, on one thread, without warnings of the libraries."""
+def run_python(*words):
+    """python WORDS in a process of its own, on one thread."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **options)
+    words = [sys.executable, *map(str, words)]
+    return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
 
 
 def test_a_kill_at_any_moment_leaves_a_run_that_resumes_to_the_same_end(tmp_path):
@@ -433,7 +450,7 @@ def test_a_kill_at_any_moment_leaves_a_run_that_resumes_to_the_same_end(tmp_path
         assert not list((tmp_path / moment).rglob("*.tmp"))
 
 
-# ------------------------------------------------------------------------------------------- the real program, end to end
+# ----------------------------------------------------------------------------------------- the real program, end to end
 
 # 4 rows in a forward with one process and with two, so that both compute the same batches; two updates, GRPO's default
 END_TO_END = dict(steps=2, group=4, micro=4, val_tasks=4, sample_every=2, warmup=0)
@@ -444,8 +461,8 @@ def end_to_end(tmp_path_factory):
     """Both algorithms with one process and with two, default judge: {(algo, processes): (folder, finished process)}."""
     def launch(algo, processes):
         out = tmp_path_factory.mktemp(f"{algo}{processes}") / "run"
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-        return out, run_python(*launcher, "train.py", *flags(out, algo, **END_TO_END))
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        return out, run_python(*torchrun * (processes > 1), "train.py", *flags(out, algo, **END_TO_END))
     return {(algo, processes): launch(algo, processes) for algo in ("grpo", "nft") for processes in (1, 2)}
 
 
@@ -455,14 +472,15 @@ def test_training_end_to_end(end_to_end, algo, processes):
     """Catches: anything that breaks the one command of the README; files that are promised and missing."""
     out, done = end_to_end[algo, processes]
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{algo}: 4 tasks x 4 samples x 2 turns x 3 denoising steps on {processes} process" in done.stdout.splitlines()[0]
-    assert {"config.json", "metrics.jsonl", "samples/000001.png", "samples/000002.png", "samples/validation.png", "checkpoint/state.pt",
-            "validation.json", model.LORA_FILE} == set(digest(out))
+    geometry = f"{algo}: 4 tasks x 4 samples x 2 turns x 3 denoising steps on {processes} process"
+    assert done.stdout.splitlines()[0].startswith(geometry)
+    files = {"config.json", "metrics.jsonl", "checkpoint/state.pt", "validation.json", model.LORA_FILE}
+    assert set(digest(out)) == files | {f"samples/{name}.png" for name in ("000001", "000002", "validation")}
     assert json.loads((out / "config.json").read_text()) == vars(config(out, algo, **END_TO_END))
     for number, row in enumerate(metrics(out), 1):
         assert row["step"] == number and row["judge/failed"] == 0 and row["update/grad_norm"] > 0
         assert 0 <= row["reward/success_turn2"] <= 1 and 0 < row["reward/consistency"] <= 1
-        assert {"seconds/text", "seconds/vae", "seconds/velocity", "seconds/judge_wait", "seconds/update", "seconds/total"} <= set(row)
+        assert {f"seconds/{part}" for part in ("text", "vae", "velocity", "judge_wait", "update", "total")} <= set(row)
         if algo == "grpo":
             assert row["update/ratio_deviation_1"] == 0 < row["update/ratio_deviation_2"]
     for sheet in (out / "samples").iterdir():
@@ -479,24 +497,28 @@ def test_two_processes_are_one(end_to_end, algo):
     updates that split the step's tasks in another way."""
     one, two = end_to_end[algo, 1][0], end_to_end[algo, 2][0]
     for a, b in zip(metrics(one), metrics(two), strict=True):
-        names = [n for n in a if n.startswith(("reward/", "group_std/", "judge/", "advantage/"))]
-        assert len(names) > 10 and all(a[n] == pytest.approx(b[n], abs=1e-4) for n in names), [(n, a[n], b[n]) for n in names]
-        assert a["update/grad_norm"] == pytest.approx(b["update/grad_norm"], rel=1e-3)
+        names = [n for n in a if n.startswith(("reward/", "group_std/", "judge/", "advantage/", "update/"))]
+        pairs = {n: (a[n], b[n]) for n in names if "ratio" not in n}          # log-ratios are mostly rounding error
+        assert len(pairs) > 15 and all(x == pytest.approx(y, rel=1e-3, abs=1e-4) for x, y in pairs.values()), pairs
     a, b = state(one), state(two)
     moved = torch.cat([(p - r).abs().flatten() for p, r in zip(a["policy"], a["sets"]["ref"])])
     assert moved.max() > 1e-3
     for x, y in zip([a["policy"], *a["sets"].values()], [b["policy"], *b["sets"].values()], strict=True):
         difference = torch.cat([(u - v).abs().flatten() for u, v in zip(x, y, strict=True)])
         # Adam divides by the size of the gradient: where that is almost 0, float error alone moves a weight
-        assert (difference > 1e-5).float().mean() < 2e-3 and difference.mean() < 1e-3 * moved.mean(), (difference.max(), difference.mean())
+        assert (difference > 1e-5).float().mean() < 2e-3 and difference.mean() < 1e-3 * moved.mean(), difference.mean()
 
 
-# ------------------------------------------------------------------------------------------------------ judges that fail
+# ----------------------------------------------------------------------------------------------------- judges that fail
 
 def test_judge_failures_are_counted_and_aligned_and_the_run_goes_on(tmp_path, judge, monkeypatch):
     """Catches: a failure taken as reward 0, a row that shifts all rows after it, NaN in the weights."""
     given, plain = [], train.update
-    monkeypatch.setattr(train, "update", lambda *a, **k: given.append((a[2].view(B, 4, K), a[3].view(B, 4, K))) or plain(*a, **k))
+
+    def noted(editor, trajectory, A, weight, *rest):
+        given.append((A.view(B, 4, K), weight.view(B, 4, K)))
+        return plain(editor, trajectory, A, weight, *rest)
+    monkeypatch.setattr(train, "update", noted)
     train.main(config(tmp_path / "clean", group=4, steps=1))
 
     turns = {}
@@ -514,7 +536,7 @@ def test_judge_failures_are_counted_and_aligned_and_the_run_goes_on(tmp_path, ju
         assert rows[-1][f"reward/{name}"] == pytest.approx(turns[k][:, 0].nanmean().item())
     (A_0, _), (A, weight) = given[:2]
     assert weight[1, 2].tolist() == [0, 0] and A[1, 2].tolist() == [0, 0] and weight.sum() == (B * 4 - 1) * K
-    other = torch.tensor([0, 2, 3])                                       # their groups saw no failure; the batch's scale did
+    other = torch.tensor([0, 2, 3])                            # their groups saw no failure; the batch's scale did
     assert torch.allclose(A[other] / A[other].norm(), A_0[other] / A_0[other].norm(), atol=1e-5)
     assert all(p.isfinite().all() for p in flatten(state(tmp_path / "spoilt")) if isinstance(p, torch.Tensor))
 
@@ -537,14 +559,14 @@ def test_too_many_failures_stop_the_run_and_leave_the_checkpoint(tmp_path, judge
     judge.edit = lambda r, tasks, k: r.fill_(float("nan")) if len(judge.calls) > 2 * K else r
     code, out, err = run_script("train.py", *flags(tmp_path / "b", steps=3, save_every=2))
     assert code == 2 and "Traceback" not in err
-    assert re.search(r"train.py: step 3: the judge failed on 100% of the turns, more than --max-failed 50%", err.splitlines()[-1])
+    assert err.splitlines()[-1] == "train.py: step 3: the judge failed on 100% of the turns, more than --max-failed 50%"
     assert state(tmp_path / "b")["step"] == 2 and len(metrics(tmp_path / "b")) == 2
     judge.edit = None
     train.main(config(tmp_path / "b", steps=3, save_every=2, resume=True))
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-# -------------------------------------------------------------------------------------------------------------- the flags
+# ------------------------------------------------------------------------------------------------------------ the flags
 
 def test_every_field_has_help_and_help_lists_its_default(monkeypatch):
     """Catches: an undocumented flag, a percent sign that breaks --help."""
@@ -560,12 +582,13 @@ def test_every_field_has_help_and_help_lists_its_default(monkeypatch):
 
 def test_a_flag_wins_over_a_preset_over_a_default():
     """Catches: a preset that overrides what was typed."""
-    assert (train.parse([]).algo, train.parse([]).preset, train.parse([]).out, train.parse(["--algo", "nft"]).out) == ("grpo", "shapes", "out/grpo", "out/nft")
+    assert vars(train.parse([])) == vars(train.parse(["--algo", "grpo", "--preset", "shapes", "--out", "out/grpo"]))
     for (preset, algo), changes in train.PRESETS.items():
         chosen = ["--preset", preset, "--algo", algo]
         cfg, defaults = train.parse(chosen), {f.name: f.default for f in fields(train.Config)}
         assert vars(cfg) == defaults | changes | dict(preset=preset, algo=algo, out=f"out/{algo}")
-        assert vars(train.parse(chosen + ["--lr", "3e-5", "--shared-noise", "true"])) == vars(cfg) | dict(lr=3e-5, shared_noise=True)
+        by_hand = train.parse(chosen + ["--lr", "3e-5", "--shared-noise", "true"])
+        assert vars(by_hand) == vars(cfg) | dict(lr=3e-5, shared_noise=True)
         assert train.parse(chosen + ["--shared-noise", "false"]).shared_noise is False
 
 
@@ -625,7 +648,7 @@ BAD_DATA = {      # the file, what the one line must say
     "not JSON": (PICTURE + "\n{image: a.png}\n", "line 3 is not JSON"),
     "no instructions": (PICTURE + '{"image": "a.png"}\n', 'line 2 lacks "instructions"'),
     "no picture": ('{"instructions": ["Add", "Remove"]}\n', 'line 1 lacks "image"'),
-    "too few instructions": (PICTURE * 2 + '{"image": "a.png", "instructions": ["Add"]}\n', "line 3 has 1 instructions.* 2 turns"),
+    "too few instructions": (PICTURE * 2 + PICTURE.replace(', "Remove it"', ""), "line 3 has 1 instructions.* 2 turns"),
     "broken picture": (PICTURE + PICTURE.replace("a.png", "broken.png"), "line 2.*broken.png cannot be read"),
     "missing picture": (PICTURE.replace("a.png", "b.png"), "line 1.*b.png does not exist"),
     "no tasks": ("\n", "holds no tasks"),
@@ -667,12 +690,12 @@ def test_training_on_pictures_of_ones_own(tmp_path, judge):
     train.main(config(tmp_path / "b", "nft", **options, lora=tmp_path / "a"))
     assert all(metrics(tmp_path / name)[0]["update/grad_norm"] > 0 for name in "ab")
     saved = load_file(tmp_path / "a" / model.LORA_FILE)
-    values = state(tmp_path / "b")["sets"]["ref"]
-    assert len(values) == len(saved) and sorted(v.norm().item() for v in values) == pytest.approx(sorted(v.norm().item() for v in saved.values()))
+    assert norms(state(tmp_path / "b")["sets"]["ref"]) == pytest.approx(norms(saved.values()))
 
 
 def test_the_whole_transformer_can_be_trained(tmp_path, judge):
     """Catches: --lora-rank 0 that trains nothing, or saves what eval.py cannot load."""
     train.main(config(tmp_path, steps=1, lora_rank=0, lr=1e-4))
     editor = model.load_weights(new_editor(), tmp_path)
-    assert all(torch.allclose(p, v) for p, v in zip(editor.trained.values(), state(tmp_path)["sets"]["ema"], strict=True))
+    ema = state(tmp_path)["sets"]["ema"]
+    assert all(torch.allclose(p, v) for p, v in zip(editor.trained.values(), ema, strict=True))
