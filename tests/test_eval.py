@@ -220,9 +220,9 @@ def test_the_table_marks_what_is_not_significant():
 def run(tmp_path_factory):
     """A training run of one step, its LoRA made large enough to be seen in the table."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    train.main(train.parse(f"--model {editor_folder()} --out {out} --tasks 2 --group 2 --turns 2 --denoise 3 "
-                           "--eval-denoise 2 --window 1 --train-first 0 --train-last 1 --updates 1 --lora-rank 4 "
-                           "--lora-alpha 8 --steps 1 --val-tasks 0 --min-std 0".split()))
+    words = ("--tasks 2 --group 2 --turns 2 --denoise 3 --eval-denoise 2 --window 1 --train-first 0 --train-last 1 "
+             "--updates 1 --lora-rank 4 --lora-alpha 8 --steps 1 --val-tasks 0 --min-std 0")
+    train.main(train.parse(["--model", editor_folder(), "--out", str(out), *words.split()]))
     editor = model.load_weights(new_editor(), out)
     move(editor, .2)
     model.save_weights(editor, out)
@@ -244,9 +244,9 @@ def test_eval_of_a_run_and_of_a_lora_by_hand_agree(run, tmp_path):
     """Catches: anything that breaks the two commands of the README; --run with another model, LoRA, T or K."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    commands = [f"--run {run}", f"--model {editor_folder()} --lora {run} --turns 2 --denoise 2 --out {tmp_path}"]
-    started = [subprocess.Popen([sys.executable, "eval.py", "--tasks", "6", *words.split()], cwd=ROOT, env=env, **pipes)
-               for words in commands]
+    by_hand = ["--model", editor_folder(), "--lora", run, "--turns", "2", "--denoise", "2", "--out", tmp_path]
+    started = [subprocess.Popen([sys.executable, "eval.py", "--tasks", "6", *words], cwd=ROOT, env=env, **pipes)
+               for words in (["--run", run], by_hand)]
     results = []
     for process, folder in zip(started, (run / "eval", tmp_path)):
         out, err = process.communicate(timeout=600)
@@ -299,9 +299,9 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(case, run, tmp_
     words, expected = IMPOSSIBLE[case]
     (tmp_path / "empty").mkdir()
     places = {"TMP": str(tmp_path / "empty"), "EDITOR": editor_folder(), "RUN": str(run)}
-    fill = lambda text: re.sub("TMP|EDITOR|RUN", lambda name: places[name[0]], text)
-    line = refused("eval.py", *fill(words).split(), "--out", tmp_path / "out")
-    assert re.search(fill(expected), line), line
+    fill = lambda text, as_is=str: re.sub("TMP|EDITOR|RUN", lambda name: as_is(places[name[0]]), text)
+    line = refused("eval.py", *map(fill, words.split()), "--out", tmp_path / "out")
+    assert re.search(fill(expected, re.escape), line), line
     assert not (tmp_path / "out").exists()
 
 
