@@ -40,9 +40,8 @@ class ExactJudge:
     def __call__(self, tasks, images, k):
         from shapes import world
         self.check(tasks)
-        success, following, consistency = world.judge(
-            images[:, k + 1].permute(0, 2, 3, 1).numpy(),
-            [task.meta["scenes"][k] for task in tasks], [task.meta["scenes"][k + 1] for task in tasks])
+        after, before = images[:, k + 1].permute(0, 2, 3, 1).numpy(), images[:, k].permute(0, 2, 3, 1).numpy()
+        success, following, consistency = world.judge(after, before, [task.meta["scenes"][:k + 2] for task in tasks])
         return torch.from_numpy(np.stack([following, consistency, success], 1))
 
 

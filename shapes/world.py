@@ -6,7 +6,7 @@ type names, changes the scene in one place and is told in one of several phrasin
 as it *should* look after the earlier edits, so a later instruction may speak of an object that an earlier one made.
 
     scene = sample_scene(rng);  instruction, kind, after = sample_edit(scene, rng);  render([scene, after])
-    judge(pictures, befores, afters)     # symbolic success, graded instruction following, content consistency
+    judge(pictures, previous, scenes)    # symbolic success, graded instruction following, content consistency
 
 Everything is a pure function of a `random.Random`. Needs numpy and PIL only.
 """
@@ -220,7 +220,7 @@ def dialogues(split, n, K, start=0):
 
 # ------------------------------------------------------------------------------------------------------ exact judge
 
-NOISE = .004      # temperature of a reading: mean squared error per pixel (values in [0, 1]) that one nat costs
+NOISE = .002      # temperature of a reading: mean squared error per pixel (values in [0, 1]) that one nat costs
 SMEARED = .012    # a cell further than this from everything it could be is unreadable
 
 
@@ -258,35 +258,43 @@ for _i, _a in enumerate(CONTENTS):
             _ATTRIBUTES[_f, _i, _j] = _a == _b if _a is None or _b is None else _a[_f] == _b[_f]
 
 
-def judge(pictures, befores, afters):
-    """Judge one edit each: pictures (n, 48, 48, 3) uint8 against the scene expected before and after the edit.
+def judge(pictures, previous, scenes):
+    """Judge one edit each: pictures and the pictures before the edit (n, 48, 48, 3) uint8, and n lists of the expected
+    scenes, the original first, the last two before and after this edit.
 
     Returns three arrays (n,): `success` in {0, 1}: what the instruction changes reads as asked; `following` in [0, 1],
-    the graded instruction following: the mean belief in each asked attribute, times how sharp it is; `consistency` in
-    [0, 1]: everything else, against the original scene as transformed by the instructions, half of it symbolic
-    agreement (beliefs in every other cell and the background) and half pixel distance.
+    graded: the mean belief in each attribute that should change, times that in those that should not, times how sharp
+    it is; `consistency` in [0, 1]: all that the instruction does not speak of, half of it symbolic agreement (beliefs in
+    cells and background), half pixel distance. What no instruction has touched is compared with the original scene,
+    what an earlier one did with the picture before: so a picture that is only copied is consistent, and so is one that
+    keeps an earlier failure, while slow drift counts in full. ValueError if an edit changes nothing.
     """
     background, contents, distance, background_belief = read(pictures)
-    ground_0, want_0 = encode_scenes(befores)
-    ground, want = encode_scenes(afters)
-    n = len(want)
-    belief = _posterior(distance)                                                              # (n, 9, 109)
-    agree = np.einsum("fnkc,nkc->nk", _ATTRIBUTES[:, want], belief) / 3                        # (n, 9)
-    error = np.take_along_axis(distance, want[..., None], 2)[..., 0]
-    sharp = np.exp(-error / (2 * SMEARED))
-    ground_score = background_belief[np.arange(n), ground]
-
-    changed = want != want_0                                                                   # (n, 9)
-    ground_changed = ground != ground_0                                                        # (n,)
+    seen_ground, seen, _, _ = read(previous)
+    (ground_0, first), (ground_1, want_1), (ground, want) = (encode_scenes([s[k] for s in scenes]) for k in (0, -2, -1))
+    changed, ground_changed = want != want_1, ground != ground_1                               # (n, 9), (n,)
     count = changed.sum(1) + ground_changed
     if not count.all():
-        raise ValueError(f"edit {int(count.argmin())} of {n} changes nothing: its scenes before and after are equal")
+        raise ValueError(f"edit {int(count.argmin())} of {len(want)} changes nothing: its scenes before and after are equal")
     success = np.where(changed, contents == want, True).all(1) & (~ground_changed | (background == ground))
-    following = ((agree * sharp * changed).sum(1) + ground_score * ground_changed) / count
 
-    kept, ground_kept = ~changed, ~ground_changed
-    symbolic = ((agree * (contents == want) * kept).sum(1) + ground_score * ground_kept) / (kept.sum(1) + ground_kept)
-    difference = np.abs(np.asarray(pictures, np.float32) - render(afters)).mean(-1)            # (n, 48, 48) in 0..255
-    difference = difference.reshape(-1, GRID, CELL, GRID, CELL).mean((2, 4)).reshape(n, -1)    # (n, 9)
+    belief = _posterior(distance)                                                              # (n, 9, 109)
+    def agreement(target):                                                                     # (n, 9) -> (3, n, 9)
+        return np.einsum("fnkc,nkc->fnk", _ATTRIBUTES[:, target], belief)
+    right, asked = agreement(want), ~_ATTRIBUTES.astype(bool)[:, want, want_1]                 # (3, n, 9)
+    error = np.take_along_axis(distance, want[..., None], 2)[..., 0]
+    done = (right * asked).sum(0) / asked.sum(0).clip(1) * np.where(asked, 1, right).min(0) * np.exp(-error / (2 * SMEARED))
+    ground_done = np.take_along_axis(background_belief, ground[:, None], 1)[:, 0]
+    following = ((done * changed).sum(1) + ground_done * ground_changed) / count
+
+    target = np.where(want_1 == first, first, seen)                                            # -1: nobody can tell
+    ground_target = np.where(ground_1 == ground_0, ground_0, seen_ground)
+    kept, ground_kept = ~changed & (target >= 0), ~ground_changed & (ground_target >= 0)
+    ground_target = np.where(ground_kept, ground_target, background_belief.argmax(1))          # else cells lie on any background
+    ground_same = np.take_along_axis(background_belief, ground_target[:, None], 1)[:, 0] * ground_kept
+    same = agreement(target).mean(0) * (contents == target)
+    symbolic = ((same * kept).sum(1) + ground_same) / (kept.sum(1) + ground_kept).clip(1)
+    cells = np.asarray(pictures, np.float32).reshape(-1, GRID, CELL, GRID, CELL, 3).transpose(0, 1, 3, 2, 4, 5).reshape(len(want), -1, CELL, CELL, 3)
+    difference = np.abs(cells - _SPRITES_U8[ground_target[:, None], target]).mean((2, 3, 4))   # (n, 9) in 0..255
     pixels = 1 - ((difference * kept).sum(1) / kept.sum(1).clip(1) / 64).clip(0, 1)
     return success.astype(np.float32), following.astype(np.float32), (.5 * symbolic + .5 * pixels).astype(np.float32)

@@ -27,8 +27,8 @@ def test_the_exact_judge_keeps_rows_columns_and_turns_apart():
         images = good[:, :k + 2].clone()
         images[1::2, k + 1] = images[1::2, k]                        # the second of each group: nothing done
         r = judge(tasks, images, k)
-        befores, afters = zip(*(task.meta["scenes"][k:k + 2] for task in tasks))
-        success, following, consistency = world.judge(images[:, -1].permute(0, 2, 3, 1).numpy(), befores, afters)
+        after, before = (images[:, i].permute(0, 2, 3, 1).numpy() for i in (-1, -2))
+        success, following, consistency = world.judge(after, before, [task.meta["scenes"][:k + 2] for task in tasks])
         assert r.shape == (12, 3) and r.dtype == torch.float32
         assert torch.equal(r, torch.tensor(np.stack([following, consistency, success], 1)))
         assert r[:, 2].tolist() == [1, 0] * 6 and r.min() >= 0 and r.max() <= 1

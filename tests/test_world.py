@@ -22,7 +22,14 @@ KIND = np.array([kind for _, kinds, _ in TASKS for kind in kinds])
 BEFORE = [scene for _, _, scenes in TASKS for scene in scenes[:-1]]
 AFTER = [scene for _, _, scenes in TASKS for scene in scenes[1:]]
 RIGHT = world.render(AFTER)
-CLEAN = world.judge(RIGHT, BEFORE, AFTER)
+
+
+def judge(pictures, befores, afters):
+    """Judge first edits, made on a perfect picture."""
+    return world.judge(pictures, world.render(befores), list(zip(befores, afters)))
+
+
+CLEAN = judge(RIGHT, BEFORE, AFTER)
 
 
 def differing(before, after):
@@ -105,12 +112,11 @@ def test_the_right_picture_succeeds_and_a_copy_of_the_input_fails(kind):
     rows = np.flatnonzero(KIND == kind)
     assert len(rows) > 20
     success, following, consistency = (v[rows] for v in CLEAN)
-    assert (success == 1).all() and following.min() > .8 and consistency.min() > .9
+    assert (success == 1).all() and following.min() > .88 and consistency.min() > .98
     b, a = [BEFORE[i] for i in rows], [AFTER[i] for i in rows]
-    success, following, consistency = world.judge(world.render(b), b, a)
-    assert (success == 0).all() and following.max() < .7 and following.mean() < .3
-    if kind != "background_change":       # nothing else changed: a failed edit is not charged to consistency as well
-        assert consistency.min() > .9
+    success, following, consistency = judge(world.render(b), b, a)
+    assert (success == 0).all() and following.max() < .1      # an attribute that nobody asked to change earns nothing
+    assert consistency.min() > .98        # nothing else changed: a failed edit is not charged to consistency as well
 
 
 @pytest.mark.parametrize("how", SPOILS + ("averaged", "blurred"))
@@ -127,7 +133,7 @@ def test_a_spoiled_result_of_the_asked_edit_is_no_success(how):
             else:
                 cell(picture, made[0])[:] = smear(cell(picture, made[0]), how)
             rows.append(n), pictures.append(picture)
-    success, following, _ = world.judge(np.stack(pictures), [BEFORE[n] for n in rows], [AFTER[n] for n in rows])
+    success, following, _ = judge(np.stack(pictures), [BEFORE[n] for n in rows], [AFTER[n] for n in rows])
     assert len(rows) > 300
     # a blurred purple disc on grey or yellow one on sand is still nearest to itself
     assert success.mean() < (.02 if how == "blurred" else 1e-9)
@@ -142,8 +148,8 @@ def test_a_move_that_leaves_the_old_object_or_loses_it_is_no_success():
         for n in rows:      # one of the two changed cells as before, the other as after
             i = differing(BEFORE[n], AFTER[n])[pick]
             half.append(put(AFTER[n], {i: BEFORE[n].cells[i]}))
-        success, following, _ = world.judge(world.render(half), [BEFORE[n] for n in rows], [AFTER[n] for n in rows])
-        assert (success == 0).all() and (abs(following - .5) < .15).all()
+        success, following, _ = judge(world.render(half), [BEFORE[n] for n in rows], [AFTER[n] for n in rows])
+        assert (success == 0).all() and (abs(following - .5) < .06).all()
 
 
 @pytest.mark.parametrize("how", SPOILS + ("averaged", "blurred", "wrong background"))
@@ -165,11 +171,42 @@ def test_a_side_effect_lowers_consistency_and_leaves_success(how):
                 cell(picture, i)[:] = smear(cell(picture, i), how)
             rows.append(n), pictures.append(picture)
     befores, afters = [BEFORE[n] for n in rows], [AFTER[n] for n in rows]
-    success, following, consistency = world.judge(np.stack(pictures), befores, afters)
+    success, following, consistency = judge(np.stack(pictures), befores, afters)
     drop = CLEAN[2][rows] - consistency
     assert len(rows) > 300 and (success == 1).all() and np.abs(following - CLEAN[1][rows]).max() < .2
     margin = .14 if how == "wrong background" else .04      # seen in the pixels of all cells, and as a symbol
     assert (drop > margin).mean() > (.97 if how == "blurred" else .9999) and drop.mean() > .06
+
+
+def test_consistency_over_turns_counts_drift_and_lost_edits_but_no_failed_ones():
+    """A copying editor below 1, a failure charged at every later turn, an earlier edit that may be destroyed for free, or
+    drift that is forgiven because it is already in the picture before."""
+    rng = random.Random(3)
+    gone, rows = [], []
+    for n, (_, _, scenes) in enumerate(TASKS):
+        made = [i for i in differing(*scenes[:2]) if scenes[1].cells[i] and scenes[1].cells[i] == scenes[2].cells[i]]
+        if made:
+            rows.append(n), gone.append(put(scenes[2], {made[0]: None}))      # turn 2 loses what turn 1 made
+    all_scenes = [scenes for _, _, scenes in TASKS]
+    first, second, third = (world.render([s[k] for s in all_scenes]) for k in (0, 1, 2))
+    scenes = [s[:3] for s in all_scenes]
+    copy, kept = world.judge(first, first, scenes), world.judge(third, second, scenes)
+    assert copy[0].mean() < .1                  # undoing the first edit, as the second turn may ask, is the original again
+    assert len(rows) > 100 and copy[2].min() > .98 and kept[2].min() > .98
+    late = [put(s[0], {i: s[2].cells[i] for i in differing(s[1], s[2])})._replace(
+        background=s[2].background if s[1].background != s[2].background else s[0].background) for s in all_scenes]
+    only_second = world.judge(world.render(late), first, scenes)              # turn 1 failed, turn 2 is right
+    fine = [i for i, s in enumerate(all_scenes) if not set(differing(*s[:2])) & set(differing(*s[1:3]))]
+    assert only_second[0][fine].min() == 1 and only_second[2][fine].min() > .98
+    lost = world.judge(world.render(gone), second[rows], [scenes[n] for n in rows])
+    assert lost[0].min() == 1 and (kept[2][rows] - lost[2]).min() > .04
+    drifted = []
+    for s in all_scenes:
+        i = rng.choice([i for i in range(9) if s[0].cells[i] and s[0].cells[i] == s[2].cells[i]] or [None])
+        drifted.append(put(s[2], {i: None}) if i is not None else None)
+    rows = [n for n, d in enumerate(drifted) if d]
+    same = world.render([drifted[n] for n in rows])
+    assert len(rows) > 100 and (kept[2][rows] - world.judge(same, same, [scenes[n] for n in rows])[2]).min() > .04
 
 
 @pytest.mark.parametrize("wreck", ["noise", "black", "mid-grey"])
@@ -178,7 +215,7 @@ def test_a_picture_of_nothing_scores_nothing(wreck):
     shape = RIGHT[:150].shape
     pictures = {"noise": np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8),
                 "black": np.zeros(shape, np.uint8), "mid-grey": np.full(shape, 128, np.uint8)}[wreck]
-    success, following, consistency = world.judge(pictures, BEFORE[:150], AFTER[:150])
+    success, following, consistency = judge(pictures, BEFORE[:150], AFTER[:150])
     assert success.max() == 0 and following.max() < .3 and consistency.max() < .3
 
 
@@ -188,9 +225,9 @@ def test_what_a_vae_does_to_pictures_is_forgiven():
     noise, drift = rng.normal(0, 1, RIGHT.shape), rng.uniform(-1, 1, (len(RIGHT), 1, 1, 3))
     for name, pictures in {"noise": u8(RIGHT + 12 * noise), "drift": u8(RIGHT + 12 * drift), "blur": blur(RIGHT, .6),
                            "all": u8(blur(RIGHT, .5) + 6 * noise + 8 * drift)}.items():
-        success, following, consistency = world.judge(pictures, BEFORE, AFTER)
+        success, following, consistency = judge(pictures, BEFORE, AFTER)
         assert reads_as(pictures, AFTER).mean() > .99 and success.mean() > .99, name
-        assert following.mean() > .8 and consistency.mean() > .85, name
+        assert following.mean() > .85 and consistency.mean() > .85, name
         assert consistency.mean() < CLEAN[2].mean() - .01, name      # but it is graded by pixel distance, too
 
 
@@ -212,8 +249,8 @@ def test_reconstructions_of_the_shipped_vae_read_back_right():
 
     pictures = reconstruct(AFTER[:n])
     assert reads_as(pictures, AFTER[:n]).mean() >= .99
-    assert world.judge(pictures, BEFORE[:n], AFTER[:n])[0].mean() >= .99
-    assert world.judge(reconstruct(BEFORE[:30]), BEFORE[:30], AFTER[:30])[0].mean() == 0
+    assert judge(pictures, BEFORE[:n], AFTER[:n])[0].mean() >= .99
+    assert judge(reconstruct(BEFORE[:30]), BEFORE[:30], AFTER[:30])[0].mean() == 0
 
 
 def test_the_graded_score_falls_all_the_way_towards_the_wrong_picture():
@@ -221,17 +258,17 @@ def test_the_graded_score_falls_all_the_way_towards_the_wrong_picture():
     before, after, means, last = BEFORE[::2], AFTER[::2], [], None
     right, wrong = (world.render(scenes).astype(np.float32) for scenes in (after, before))
     for t in np.linspace(0, 1, 9):
-        _, following, _ = world.judge(u8((1 - t) * right + t * wrong), before, after)
+        _, following, _ = judge(u8((1 - t) * right + t * wrong), before, after)
         assert last is None or (following <= last + .05).all()      # halfway may look like a third thing
         last = following
         means.append(following.mean())
-    assert (np.diff(means) < -.01).all() and means[0] - means[-1] > .8
+    assert (np.diff(means) < 0).all() and (np.diff(means)[:5] < -.05).all() and means[0] - means[-1] > .95
 
 
 def test_the_judge_refuses_what_it_cannot_judge():
     """A judge that scores an edit that changes nothing as done, or a picture of another size by reshaping it."""
     with pytest.raises(ValueError, match="edit 1 of 2 changes nothing"):
-        world.judge(RIGHT[:2], [BEFORE[0], AFTER[1]], AFTER[:2])
+        judge(RIGHT[:2], [BEFORE[0], AFTER[1]], AFTER[:2])
     with pytest.raises(ValueError, match="48 x 48.*96, 24"):
         world.read(np.zeros((1, 96, 24, 3), np.uint8))
     with pytest.raises(ValueError, match="'valid' is none of train, val, test"):
