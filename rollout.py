@@ -46,8 +46,13 @@ class Trajectory:
 
     def cond_rows(self, k, rows, device):
         """The conditioning of some rows at turn k: {name: tensor (len(rows), ...)}."""
-        tensors, index = self.cond[k]
-        return {name: value[index[rows].to(value.device)].to(device) for name, value in tensors.items()}
+        return cond_rows(self.cond[k], rows, device)
+
+
+def cond_rows(cond, rows, device):
+    """Some rows of what editor.condition() returned: {name: tensor (len(rows), ...)}."""
+    tensors, index = cond
+    return {name: value[index[rows]].to(device) for name, value in tensors.items()}
 
 
 def draw_noise(shape, *key):
@@ -107,7 +112,7 @@ def rollout(editor, tasks, G, K, T, seed, eta=0., kind="cps", window=0, start=0,
             row_keys = [(task_rows[s // G] if task_rows else s // G, s % G) for s in rows.tolist()]
             with timed(seconds, "vae", device):
                 context = editor.encode(images[rows, k])
-            rows_cond = {name: value[cond[1][rows].to(value.device)] for name, value in cond[0].items()}
+            rows_cond = cond_rows(cond, rows, device)
             x = torch.stack([draw_noise((N, C), *seed, b, 0 if shared_noise else g, k, 0) for b, g in row_keys]).to(device)
             xs, logp = [], []
             with timed(seconds, "velocity", device):

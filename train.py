@@ -32,7 +32,6 @@ import model
 import reward
 from advantage import AGGREGATE, advantages
 from grpo import grpo_loss, sde_step
-from model import LORA_TARGETS
 from nft import nft_loss, noised, old_decay
 from rollout import draw_noise, rollout, timed
 
@@ -68,7 +67,7 @@ class Config:
     min_std: float = option(.05, "a group with less spread than this in a reward teaches nothing about it, in [0, 1]")
     lora_rank: int = option(32, "rank of the LoRA; 0 = train the whole transformer")
     lora_alpha: int = option(64, "scale of the LoRA, alpha / rank")
-    lora_targets: str = option("all", "which Linears get a LoRA", list(LORA_TARGETS))
+    lora_targets: str = option("all", "which Linears get a LoRA: all, attention, or ends of their names separated by commas")
     lr: float = option(4e-4, "learning rate of AdamW(.9, .999)")
     warmup: int = option(5, "steps over which the learning rate rises to --lr: Adam's first steps move every weight by all of it")
     weight_decay: float = option(1e-4, "weight decay of AdamW")
