@@ -393,6 +393,7 @@ def save_weights(editor, folder, name="policy"):
             if isinstance(m, LoRALinear):
                 state[f"transformer.{module_name}.lora_A.weight"] = m.A.detach().cpu().contiguous()
                 state[f"transformer.{module_name}.lora_B.weight"] = (m.scale * m.B.detach()).cpu().contiguous()
+        folder.mkdir(parents=True, exist_ok=True)
         save_file(state, folder / (LORA_FILE + ".tmp"))
         os.replace(folder / (LORA_FILE + ".tmp"), folder / LORA_FILE)
 
