@@ -42,6 +42,7 @@ class Trajectory:
     t: torch.Tensor                   # (T+1,) 1 -> 0
     cond: list                        # K pairs: {name: tensor (n, ...)}, index (S,) into them
     group: torch.Tensor               # (S,) int64 task row; nothing is ever grouped by its text
+    rows: torch.Tensor                # (S,) int64 rows of the step that these are; 0 .. S-1 unless its pictures differ in size
     seconds: dict                     # where the time went: text, vae, velocity
 
     def cond_rows(self, k, rows, device):
@@ -67,8 +68,16 @@ def draw_noise(shape, *key):
 def stack_images(tasks):
     """Source pictures of tasks: (n, 3, H, W) uint8. ValueError if their sizes differ."""
     if len({task.image.size for task in tasks}) > 1:
-        raise ValueError(f"pictures of one step must have one size, got {sorted({task.image.size for task in tasks})}")
+        raise ValueError(f"pictures of one rollout must have one size, got {sorted({task.image.size for task in tasks})}")
     return torch.from_numpy(np.stack([np.array(task.image.convert("RGB")) for task in tasks])).permute(0, 3, 1, 2)
+
+
+def by_size(tasks, most=None):
+    """Places of tasks whose pictures have one size, in order, at most `most` together: a list of index tensors."""
+    places = {}
+    for place, task in enumerate(tasks):
+        places.setdefault(task.image.size, []).append(place)
+    return [part for all_ in places.values() for part in torch.tensor(all_).split(most or len(tasks))]
 
 
 @contextmanager
@@ -140,4 +149,4 @@ def rollout(editor, tasks, G, K, T, seed, eta=0., kind="cps", window=0, start=0,
 
     return Trajectory(images=images, context=torch.stack(contexts, 1) if keep else None, x=torch.stack(kept, 1) if keep else None,
                       logp=torch.stack(logps, 1) if keep and window else None, start=start, t=t, cond=conds,
-                      group=torch.arange(S) // G, seconds=seconds)
+                      group=torch.arange(S) // G, rows=torch.arange(S), seconds=seconds)
