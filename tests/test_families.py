@@ -1,5 +1,6 @@
 """model.py for every family of editors, on tiny random-weight pipelines of the real classes, against diffusers itself."""
 import functools
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +10,11 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import eval as evaluation
+import gpu_check
 import model
-from fixtures import PIPES, make_tasks, tiny_editor
+import train
+from fixtures import PIPES, Judge, make_tasks, tiny_editor
 from rollout import draw_noise, rollout, stack_images
 
 FAMILIES = pytest.mark.parametrize("family", PIPES)
@@ -323,3 +327,96 @@ def test_gradients_with_checkpointing_are_those_without(family):
     assert {name for name, g in with_.items() if g is None} == missing
     assert all(("txt_mlp" in name or "to_add_out" in name) and "blocks.1." in name for name in missing)    # Qwen's last text stream
     assert all(torch.allclose(g, with_[name], rtol=1e-4, atol=1e-4 * g.abs().max()) for name, g in without.items() if name not in missing)
+
+
+# ------------------------------------------------------------------------------------------------- training, precision
+
+def settings(algo="grpo", **changes):
+    options = dict(algo=algo, tasks=2, group=2, turns=2, denoise=3, updates=1, micro=2, lora_rank=2, train_last=1 if algo == "grpo" else 2,
+                   window=1, times=1, min_std=0) | changes
+    return train.parse([word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))])
+
+
+def sample(editor, cfg, size=(64, 80), micro=2):
+    tasks = [one_task(size, text) for text in TEXTS[:cfg.tasks]]
+    for task in tasks:
+        task.instructions = [task.instructions[0], TEXTS[2]]
+    window = dict(eta=cfg.eta, kind=cfg.step_kind, window=cfg.window, start=1) if cfg.algo == "grpo" else {}
+    with editor.weights("old"):
+        return rollout(editor, tasks, cfg.group, cfg.turns, cfg.denoise, (0, 1), **window, micro=micro)
+
+
+def one_update(editor, cfg, trajectory, micro=2):
+    A = draw_noise((cfg.tasks * cfg.group, cfg.turns), 9)
+    optimizer = torch.optim.AdamW(editor.trained.values(), 1e-3)
+    return train.update(editor, [trajectory], A, torch.ones_like(A), optimizer, cfg, 9, len(A), micro, torch.arange(cfg.tasks), 1)
+
+
+@FAMILIES
+def test_the_ratio_is_exactly_1_in_bfloat16(family):
+    """Catches: times, latents or features rounded once in the rollout and twice in the update; LoRA cast to bfloat16."""
+    cfg = settings()
+    editor = tiny_editor(family, PIPES[family]().to(torch.bfloat16), rank=2, moved=.05)
+    editor.transformer.enable_gradient_checkpointing()                   # as on a GPU
+    editor.copy_weights("old")
+    trajectory, before = sample(editor, cfg), [p.detach().clone() for p in editor.trained.values()]
+    info = one_update(editor, cfg, trajectory)
+    assert info["ratio_deviation_1"] == 0 and info["log_ratio"] == 0 and info["grad_norm"] > 0
+    assert editor.transformer.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in editor.trained.values())
+    assert sum((p != q).any().item() for p, q in zip(editor.trained.values(), before)) > len(before) / 2
+    assert trajectory.x.dtype == torch.float32
+
+
+@FAMILIES
+def test_the_ratio_hardly_depends_on_the_micro_batches(family):
+    """Catches: conditioning of other rows, and padding that changes a row, when a batch is put together otherwise."""
+    cfg = settings()
+    editor = tiny_editor(family, PIPES[family](), rank=2, moved=.05)
+    editor.copy_weights("old")
+    trajectory = sample(editor, cfg, micro=4)
+    assert one_update(editor, cfg, trajectory, micro=1)["ratio_deviation_1"] < 1e-5
+
+
+@FAMILIES
+def test_nft_updates_every_family(family):
+    """Catches: a family that GRPO alone can train."""
+    cfg = settings("nft", guidance=1)
+    editor = tiny_editor(family, PIPES[family](), rank=2, moved=.05, guidance=1)
+    editor.copy_weights("old")
+    info = one_update(editor, cfg, sample(editor, cfg))
+    assert info["old_distance"] == 0 and info["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("family", ["klein", "plus"])
+def test_a_run_of_another_family(family, tmp_path, monkeypatch, capsys):
+    """Catches: anything in train.py and eval.py that only Kontext has; LoRA count left unsaid."""
+    load = lambda path, device, dtype, guidance, offload: tiny_editor(family, PIPES[family](), guidance=guidance, offload=offload)
+    for module in (train.model, evaluation.model):
+        monkeypatch.setattr(module, "load", load)
+    judge = Judge()
+    monkeypatch.setattr(train.reward, "load", lambda *_: judge)
+    for name, size in (("a", (90, 60)), ("b", (64, 64))):
+        Image.effect_noise(size, 90).convert("RGB").save(tmp_path / f"{name}.png")
+    lines = ['{"image": "%s.png", "instructions": ["Make it blue", "Add a %s hat"]}' % (name, name) for name in "ab"] * 3
+    (tmp_path / "tasks.jsonl").write_text("\n".join(lines))
+    cfg = settings(data=tmp_path / "tasks.jsonl", resolution=64, steps=1, eval_denoise=2, val_tasks=1, out=tmp_path / "run",
+                   guidance=3, offload="true")
+    train.main(cfg)
+    out = capsys.readouterr().out
+    linears = {"klein": 2 * 12 + 2 * 2, "plus": 2 * 12}[family]           # two double blocks, two single ones
+    assert f"LoRA of {linears} Linears" in out and "3 of 48 x 80, 2 of 64 x 64" in out
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert row["update/ratio_deviation_1"] == 0 and row["update/grad_norm"] > 0
+    pipe = PIPES[family]()
+    pipe.load_lora_weights(str(tmp_path / "run"))
+
+
+def test_what_a_real_editor_costs_can_be_measured(capsys):
+    """Catches: a script for machines with a GPU that does not run there, because it never ran anywhere."""
+    gpu_check.main(["--tiny", "--resolution", "64", "--turns", "1", "--tasks", "2", "--group", "2", "--micro", "2"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if " B, " in line]
+    assert len(rows) == 6 and all(row.count("|") == 10 for row in rows)
+    assert all(row.split("|")[-2].strip() == ("-" if ", nft" in row else "0.0e+00") for row in rows)
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="no CUDA GPU"):
+            gpu_check.main([])
