@@ -105,7 +105,8 @@ REAL = dict(data="tasks.jsonl", judge="Qwen/Qwen2.5-VL-7B-Instruct", steps=300, 
 REAL_NFT = dict(lora_rank=32, lora_alpha=64, updates=1, times=2, train_first=0, shared_noise=False, kl=1e-4)
 KONTEXT = REAL | dict(model="black-forest-labs/FLUX.1-Kontext-dev", denoise=8, guidance=2.5)
 KLEIN = REAL | dict(model="black-forest-labs/FLUX.2-klein-base-9B", denoise=10)
-QWEN = REAL | dict(model="Qwen/Qwen-Image-Edit-2509", denoise=10, lora_targets="attention", tasks=16, micro=2, offload=True)
+QWEN = REAL | dict(model="Qwen/Qwen-Image-Edit-2509", denoise=10, lora_targets="attention", tasks=16, micro=2, offload=True,
+                   judge="Qwen/Qwen2.5-VL-3B-Instruct")         # beside 20 B and the visiting text encoder 7 B would not fit
 ONE_GPU = dict(tasks=4, group=8, offload=True)     # the other real presets are for eight: a step of theirs takes one GPU ten times as long
 PRESETS = {
     ("shapes", "grpo"): dict(),
