@@ -203,7 +203,8 @@ def main():
             model.load_weights(editor, lora)
         arms[arm], images[arm] = evaluate(editor, judge, tasks, K, T, range(args.seeds), batch, arm)
 
-    result = {"model": args.model or config["model"], "lora": str(lora) if lora else None, "data": spec, "split": split, "guidance": editor.guidance,
+    result = {"model": args.model or config["model"], "lora": str(lora) if lora else None, "data": spec, "split": split,
+              "guidance": editor.guidance,
               "tasks": len(tasks), "seeds": args.seeds, "turns": K, "denoise": T} | report(arms, judge.names, len(tasks))
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(result, indent=1))

@@ -203,8 +203,8 @@ class KontextEditor(Editor):
         dtype, text = self.transformer.dtype, cond["text"]
         guidance = torch.full((len(x),), self.guidance, device=self.device) if self.transformer.config.guidance_embeds else None
         return self.run(x, t, context, guidance=guidance, pooled_projections=cond["pooled"].to(dtype),
-                            encoder_hidden_states=text.to(dtype), txt_ids=torch.zeros(text.shape[1], 3, device=self.device),
-                            img_ids=self.positions(size, 0, 1))
+                        encoder_hidden_states=text.to(dtype), txt_ids=torch.zeros(text.shape[1], 3, device=self.device),
+                        img_ids=self.positions(size, 0, 1))
 
 
 class KleinEditor(Editor):
@@ -237,7 +237,7 @@ class KleinEditor(Editor):
         ids = self.positions(size, 0, 10)
         txt_ids = F.pad(torch.arange(text.shape[1], device=self.device)[:, None], (3, 0))         # 0, 0, 0, place
         return self.run(x, t, context, encoder_hidden_states=text.to(self.transformer.dtype), txt_ids=txt_ids,
-                            img_ids=F.pad(ids, (0, 1)), guidance=None)
+                        img_ids=F.pad(ids, (0, 1)), guidance=None)
 
 
 class QwenEditor(Editor):
@@ -279,7 +279,7 @@ class QwenEditor(Editor):
         mask = torch.arange(longest, device=self.device) < cond["length"][:, None]
         shape = (1, size[0] // self.multiple, size[1] // self.multiple)
         return self.run(x, t, context, encoder_hidden_states=cond["text"][:, :longest].to(self.transformer.dtype),
-                            encoder_hidden_states_mask=None if mask.all() else mask, img_shapes=[[shape, shape]] * len(x))
+                        encoder_hidden_states_mask=None if mask.all() else mask, img_shapes=[[shape, shape]] * len(x))
 
     def guide(self, v, v_negative):
         guided = super().guide(v, v_negative)

@@ -418,7 +418,8 @@ def main(cfg):
     sizes = Counter(task.image.size for task in tasks)
     if len(sizes) > 1 and cfg.group % micro:                 # so that rollout and update see the same micro-batches of each size
         if cfg.micro:
-            raise ValueError(f"--micro {cfg.micro} does not divide --group {cfg.group}, as it must where pictures differ in size ({len(sizes)} sizes)")
+            raise ValueError(f"--micro {cfg.micro} does not divide --group {cfg.group}, as it must where pictures have several sizes "
+                             f"({len(sizes)} sizes)")
         micro = cfg.group
     editor = model.load(cfg.model, device, torch.bfloat16 if cuda else torch.float32, cfg.guidance, cfg.offload)
     for width, height in sizes:
@@ -434,8 +435,9 @@ def main(cfg):
         n_params = sum(p.numel() for p in editor.trained.values())
         print(f"{cfg.algo}: {cfg.tasks} tasks x {cfg.group} samples x {cfg.turns} turns x {cfg.denoise} denoising steps on {world} "
               f"process{'es' * (world > 1)} ({device.type}); {cfg.updates} update{'s' * (cfg.updates > 1)} of {rows} rows a process, "
-              f"{micro} in a forward; {f'LoRA of {linears} Linears' if linears else 'the whole transformer'}, {n_params / 1e6:.2f} M parameters -> {cfg.out}", flush=True)
-        print("pictures: " + ", ".join(f"{n} of {height} x {width}" for (width, height), n in sizes.most_common()) + " (height x width)", flush=True)
+              f"{micro} in a forward; {f'LoRA of {linears} Linears' if linears else 'the whole transformer'}, "
+              f"{n_params / 1e6:.2f} M parameters -> {cfg.out}", flush=True)
+        print("pictures, height x width: " + ", ".join(f"{n} of {height} x {width}" for (width, height), n in sizes.most_common()), flush=True)
         if cfg.data != "shapes" and data.is_benchmark(cfg.data):
             print(f"warning: {cfg.data} is EdiVal-Bench itself; what is trained on it must not be measured by it", file=sys.stderr, flush=True)
         if cfg.val_tasks and not val:
@@ -506,7 +508,8 @@ def main(cfg):
         arms, images = {}, {}
         for arm, name in (("base", "ref"), ("tuned", "ema")):
             with editor.weights(name):
-                arms[arm], images[arm] = evaluation.evaluate(editor, judge, val, cfg.turns, cfg.eval_denoise, batch=cfg.micro or 100, desc=f"validate {arm}")
+                arms[arm], images[arm] = evaluation.evaluate(editor, judge, val, cfg.turns, cfg.eval_denoise, batch=cfg.micro or 100,
+                                                                    desc=f"validate {arm}")
         result = evaluation.report(arms, judge.names, len(val))
         (out / "validation.json").write_text(json.dumps(result, indent=1))
         evaluation.draw_arms(val, images, {a: evaluation.successes(v, judge.names) for a, v in arms.items()}, out / "samples" / "validation.png")

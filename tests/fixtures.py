@@ -49,11 +49,12 @@ def tiny_tokenizer():
     from tokenizers import pre_tokenizers
     from transformers import Qwen2Tokenizer
     special = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
-    tokenizer = Qwen2Tokenizer(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[],
-                               additional_special_tokens=[f"<|{name}|>" for name in special])
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=[f"<|{name}|>" for name in special])
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% if not enable_thinking %}<think></think>{% endif %}{% endif %}")
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if not enable_thinking %}<think></think>{% endif %}{% endif %}")
     return tokenizer
 
 
@@ -77,19 +78,23 @@ def kontext_pipe(**transformer):
 
 
 def klein_pipe(is_distilled=False, **transformer):
-    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+    from diffusers import (AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline,
+                           Flux2Transformer2DModel)
     from transformers import Qwen3Config, Qwen3ForCausalLM
     torch.manual_seed(0)
+    # the pipeline reads layers 9, 18 and 27
     text_encoder = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tiny_tokenizer()), hidden_size=16, intermediate_size=16, num_hidden_layers=28, head_dim=8,
-        num_attention_heads=2, num_key_value_heads=1, bos_token_id=None, eos_token_id=None)).eval()    # layers 9, 18, 27 are read
+        vocab_size=len(tiny_tokenizer()), hidden_size=16, intermediate_size=16, num_hidden_layers=28,
+        head_dim=8, num_attention_heads=2, num_key_value_heads=1, bos_token_id=None, eos_token_id=None)).eval()
     vae = AutoencoderKLFlux2(block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4)
     vae.bn.running_mean.normal_(), vae.bn.running_var.uniform_(.5, 2)
     transformer = Flux2Transformer2DModel(**dict(
         in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=48, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False) | transformer)
+        joint_attention_dim=48, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False) | transformer)
     scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=3., use_dynamic_shifting=True, base_shift=.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096)
+        shift=3., use_dynamic_shifting=True, base_shift=.5, max_shift=1.15, base_image_seq_len=256,
+        max_image_seq_len=4096)
     return quiet(Flux2KleinPipeline(scheduler, randomize(vae), text_encoder, tiny_tokenizer(), randomize(transformer),
                                     is_distilled=is_distilled))
 
@@ -115,19 +120,22 @@ def qwen_pipe(plus=False, **transformer):
     torch.manual_seed(0)
     tokenizer, ids = tiny_tokenizer(), tiny_tokenizer().convert_tokens_to_ids
     text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, bos_token_id=None, eos_token_id=None, rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]}),
-        vision_config=dict(depth=2, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=16, fullatt_block_indexes=[1],
-                           window_size=56),
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, bos_token_id=None, eos_token_id=None,
+            rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]}),
+        vision_config=dict(depth=2, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=16,
+                           fullatt_block_indexes=[1], window_size=56),
         image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"))).eval()
     vae = AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
                                  latents_mean=[.5, -1., .1, .3], latents_std=[2., .5, 1.5, 1.])
     transformer = QwenImageTransformer2DModel(**dict(
-        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
-        axes_dims_rope=(4, 6, 6)) | transformer)
+        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(4, 6, 6)) | transformer)
     scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=.5, max_shift=.9, base_image_seq_len=256, max_image_seq_len=8192, shift_terminal=.02)
+        use_dynamic_shifting=True, base_shift=.5, max_shift=.9, base_image_seq_len=256, max_image_seq_len=8192,
+        shift_terminal=.02)
     return quiet((QwenImageEditPlusPipeline if plus else QwenImageEditPipeline)(
         scheduler, randomize(vae), randomize(text_encoder), tokenizer, Processor(Qwen2VLImageProcessorPil(), tokenizer),
         randomize(transformer)))
@@ -138,7 +146,8 @@ def quiet(pipe):
     return pipe
 
 
-PIPES = {"kontext": kontext_pipe, "klein": klein_pipe, "qwen": qwen_pipe, "plus": functools.partial(qwen_pipe, plus=True)}
+PIPES = {"kontext": kontext_pipe, "klein": klein_pipe, "qwen": qwen_pipe,
+         "plus": functools.partial(qwen_pipe, plus=True)}
 
 
 def tiny_editor(family, pipe=None, rank=None, moved=None, **options):
