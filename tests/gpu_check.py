@@ -164,7 +164,8 @@ def measure(family, algo, args, device, dtype, rate):
     peak = (torch.cuda.max_memory_allocated(device) if device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
     return (f"| {family} {billions:.1f} B, {algo} | {H} x {W} "
-            f"| {cfg.turns}, {cfg.denoise}, {args.tasks} x {args.group}, {micro} | {peak:.1f} | {per_forward:.3f} | {flop / per_forward / rate:.0%} | {t_rollout:.1f} | {t_update:.1f} "
+            f"| {cfg.turns}, {cfg.denoise}, {args.tasks} x {args.group}, {micro} | {peak:.1f} "
+            f"| {per_forward:.3f} | {flop / per_forward / rate:.0%} | {t_rollout:.1f} | {t_update:.1f} "
             f"| {'-' if drift is None else f'{drift:.1e}'} |")
 
 
@@ -191,8 +192,8 @@ def main(argv=None):
         for algo in args.algo:
             try:
                 print(measure(family, algo, args, device, dtype, rate), flush=True)
-            except torch.OutOfMemoryError as error:
-                print(f"| {family}, {algo} | does not fit: {str(error).split('.')[0]} |" + " |" * 7, flush=True)
+            except (torch.OutOfMemoryError, train.Stopped) as error:          # does not fit, or the ratio is not 1
+                print(f"| {family}, {algo} | {str(error).splitlines()[0][:150]} |" + " |" * 7, flush=True)
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
