@@ -592,13 +592,6 @@ def test_a_flag_wins_over_a_preset_over_a_default():
         assert train.parse(chosen + ["--shared-noise", "false"]).shared_noise is False
 
 
-@pytest.mark.parametrize("preset", ["shapes", "kontext"])
-@ALGOS
-def test_every_preset_is_possible(preset, algo):
-    """Catches: a preset that the program itself refuses."""
-    train.check(train.parse(["--algo", algo, "--preset", preset]), 1)
-
-
 def test_whole_groups_live_on_one_process():
     """Catches: ranks with unequal work, which hang in the next all-reduce."""
     cfg = config(tasks=4)
