@@ -120,7 +120,8 @@ def rollout(editor, tasks, G, K, T, seed, eta=0., kind="cps", window=0, start=0,
         for rows in torch.arange(S).split(micro or S):
             row_keys = [(task_rows[s // G] if task_rows else s // G, s % G) for s in rows.tolist()]
             with timed(seconds, "vae", device):
-                context = editor.encode(images[rows, k])
+                first, place = (rows - rows % G if k == 0 else rows).unique(return_inverse=True)   # a task's samples share their source
+                context = editor.encode(images[first, k])[place]
             rows_cond = cond_rows(cond, rows, device)
             x = torch.stack([draw_noise((N, C), *seed, b, 0 if shared_noise else g, k, 0) for b, g in row_keys]).to(device)
             xs, logp = [], []
