@@ -8,17 +8,37 @@ Facts read in TianyuCodings/EdiVal (eval.py, generate.py, baseline_generate/flux
 """
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-# What EdiVal's baselines fix, besides 512 x 512 pictures and LANCZOS both ways: denoising steps, guidance, the size that the pipeline
-# works at by itself, where seed 1234 draws its noise ("" = the editor's device) and the side of the patch that a token packs. EdiVal
-# has no FLUX.2-klein and no Qwen-Image-Edit-Plus: there it is the pipeline's own defaults.
-BASELINES = {"FluxKontextPipeline": (28, 2.5, 1024, "", 2), "QwenImageEditPipeline": (50, 4., 1024, "cpu", 2),
-             "QwenImageEditPlusPipeline": (50, 4., 1024, "cpu", 2), "Flux2KleinPipeline": (50, 4., 512, "cpu", 1)}
-SEED, SIZE = 1234, 512
+SEED, SIZE = 1234, 512      # of every turn of every dialogue; of every picture
+
+
+class Baseline(NamedTuple):
+    """What EdiVal's baselines of a family fix, besides 512 x 512 pictures and LANCZOS both ways."""
+    steps: int
+    guidance: float
+    size: int          # side at which the pipeline works by itself
+    noise_on: str      # where the seed draws the noise; "" = the editor's device
+    patch: int         # side of the latent patch that a token packs
+    text: int          # tokens that the text is padded to, where the family's default for training is another; 0 = as it is
+
+
+# EdiVal has no Qwen-Image-Edit-Plus and no FLUX.2-klein: there it is the pipeline's own defaults
+BASELINES = {"FluxKontextPipeline": Baseline(28, 2.5, 1024, "", 2, 512), "QwenImageEditPipeline": Baseline(50, 4., 1024, "cpu", 2, 0),
+             "QwenImageEditPlusPipeline": Baseline(50, 4., 1024, "cpu", 2, 0), "Flux2KleinPipeline": Baseline(50, 4., 512, "cpu", 1, 0)}
+
+
+def as_baseline(editor):
+    """Make an editor edit as EdiVal's baseline of its family does: (editor, denoising steps)."""
+    rule = BASELINES[type(editor.pipe).__name__]
+    editor.guidance = rule.guidance
+    if rule.text:
+        editor.max_text = min(rule.text, editor.pipe.tokenizer_2.model_max_length)
+    return AtSize(editor, (rule.size, rule.size)), rule.steps
 
 
 def file_of(folder, name, k=None):
@@ -62,14 +82,13 @@ class AtSize:
         return resize(self.editor.decode(x, self.size), size)
 
 
-def baseline_noise(editor, size, seed):
-    """The noise that EdiVal's baselines start every turn of every dialogue from: start_noise(shape, row, turn) for `rollout`."""
-    *_, place, p = BASELINES[type(editor.pipe).__name__]
-    generator = torch.Generator(place or editor.device).manual_seed(seed)
-    N, C = editor.latent_shape(size)
-    h, w = size[0] // editor.multiple, size[1] // editor.multiple
-    z = torch.randn(1, C // p ** 2, h * p, w * p, generator=generator, device=generator.device, dtype=editor.transformer.dtype).float().cpu()
-    noise = z.view(C // p ** 2, h, p, w, p).permute(1, 3, 0, 2, 4).reshape(N, C)      # packed as the pipeline packs it
+def baseline_noise(editor, seed):
+    """The noise that a baseline starts every turn of every dialogue from, for `rollout`: editor as `as_baseline` returns it."""
+    rule, (H, W) = BASELINES[type(editor.pipe).__name__], editor.size
+    (N, C), h, w, p = editor.latent_shape(None), H // editor.multiple, W // editor.multiple, rule.patch
+    generator = torch.Generator(rule.noise_on or editor.device).manual_seed(seed)
+    z = torch.randn(1, C // p ** 2, h * p, w * p, generator=generator, device=generator.device, dtype=editor.transformer.dtype)
+    noise = z.float().cpu().view(C // p ** 2, h, p, w, p).permute(1, 3, 0, 2, 4).reshape(N, C)      # packed as the pipeline packs it
     return lambda shape, row, turn: noise
 
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 import data
 import model
 import reward
-from edival import BASELINES, SEED, SIZE, AtSize, baseline_noise, collect_results, file_of
+from edival import SEED, SIZE, as_baseline, baseline_noise, collect_results, file_of
 from report import contact_sheet, draw_arms, setting_line, table, write_report      # train.py draws with them too
 from rollout import Task, draw_noise, rollout, stack_images
 
@@ -97,34 +97,32 @@ def generate(settings, out, passes, names, device, rank=0, world=1):
                 for part, rows in missing(passes, folder_of(out, arm, seed, settings), names, rank, world)]
         if not todo:
             continue
-        editor = model.load(settings["model"], device, dtype, settings["guidance"])
+        editor = model.load(settings["model"], device, dtype, **{"guidance": settings["guidance"]} if settings["guidance"] is not None else {})
         if arm != "base":
             model.load_weights(editor, settings["loras"][arm])
-        size = stack_images([next(iter(passes[0].tasks.values()))]).shape[2:]
-        sampler, T = editor, settings["denoise"]
+        T = settings["denoise"]
         if settings["protocol"]:
-            T, editor.guidance, side, *_ = BASELINES[type(editor.pipe).__name__]
-            sampler = AtSize(editor, (side, side))
-        editor.latent_shape(getattr(sampler, "size", size))                      # refuses a size that is no multiple
-        settings |= {"denoise": T, "guidance": editor.guidance}
+            editor, T = as_baseline(editor)
+        editor.latent_shape(passes[0].tasks[0].image.size[::-1])                 # refuses a size that is no multiple
+        settings |= {"denoise": T, "guidance": getattr(editor, "guidance", None)}
         if rank == 0:
             keep_manifest(settings, out)                                         # nothing is written before this
         with tqdm(total=sum(part.turns * len(rows) for _, part, rows in todo), desc=f"generate {arm}", unit="picture", disable=rank > 0) as bar:
             for seed, part, rows in todo:
                 where = folder_of(out, arm, seed, settings) / FOLDERS[part.name]
                 where.mkdir(parents=True, exist_ok=True)
-                noise = baseline_noise(editor, sampler.size, SEED + seed) if settings["protocol"] else \
+                noise = baseline_noise(editor, SEED + seed) if settings["protocol"] else \
                     lambda shape, row, k: draw_noise(shape, seed, 0, row, 0, part.first + k, 0)     # a turn's noise is the same in every pass
                 for first in range(0, len(rows), settings["batch"]):
                     batch = rows[first:first + settings["batch"]]
-                    images = rollout(sampler, [part.tasks[i] for i in batch], 1, part.turns, T, (seed, 0), task_rows=batch, keep=False,
+                    images = rollout(editor, [part.tasks[i] for i in batch], 1, part.turns, T, (seed, 0), task_rows=batch, keep=False,
                                      start_noise=noise, on_turn=lambda *_: bar.update(len(batch))).images
                     for i, pictures in zip(batch, images):
                         if part.name != "clean":
                             save_png(pictures[0], file_of(where, names[i]))
                         for k in range(part.turns):
                             save_png(pictures[k + 1], file_of(where, names[i], part.first + k))
-        del editor, sampler
+        del editor                                                               # the next one may need its room
 
 
 def save_png(picture, path):
