@@ -127,7 +127,7 @@ def generate(settings, out, passes, names, device, rank=0, world=1):
 
 def save_png(picture, path):
     """Write a picture (3, H, W) uint8; the file appears whole or not at all."""
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path.with_suffix(".tmp"), "PNG")
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path.with_suffix(".tmp"), "PNG", compress_level=1)
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -250,6 +250,8 @@ def score(settings, out, passes, names, judge, features=None, rank=0, world=1):
             columns["copied"] = change(images[:, k], images[:, k + 1])[1].float().tolist()
             columns["drift"] = change(images[:, 0], images[:, k + 1])[0].tolist()
             for j, i in enumerate(rows):
+                if (arm, seed, part.name, names[i], part.first + k + 1) in done:
+                    continue
                 values = {name: None if v[j] != v[j] else round(v[j], 6) for name, v in columns.items()}
                 lines.append({"arm": arm, "seed": seed, "pass": part.name, "task": names[i], "turn": part.first + k + 1,
                               "kind": tasks[j].kinds[k], "judge": label} | values)

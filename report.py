@@ -13,6 +13,7 @@ import io
 import json
 import math
 import random
+import re
 import textwrap
 from pathlib import Path
 
@@ -162,7 +163,7 @@ def latex(results):
     special = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "–": "--", "Δ": r"$\Delta$", "|": r"$|$", "<": "$<$", ">": "$>$", "\\": r"\textbackslash{}",
                "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "{": r"\{", "}": r"\}", "$": r"\$"}
     escape = lambda text: "".join(special.get(c, c) for c in text)
-    head = lambda text: escape(text).replace("n.s.", r"\textit{n.s.}")
+    head = lambda text: re.sub(r"([+-])(?=\d)", r"$\1$", escape(text)).replace("n.s.", r"\textit{n.s.}")
     lines = ["% " + setting_line(results), "% needs \\usepackage{booktabs}"]
     for title, note, header, rows in tables(results):
         lines += ["", r"\begin{table}", r"\centering\small", rf"\caption{{{escape(title)}. {escape(note)} {escape(PROFILES[results['profile']].capitalize())}.}}",
@@ -207,7 +208,7 @@ class Plot:
 
     def bar(self, x0, x1, y0, y1, color):
         (a, b), (c, d) = self.at(x0, y0), self.at(x1, y1)
-        self.draw.rectangle([v * self.SCALE for v in (min(a, c), min(b, d), max(a, c), max(b, d))], fill=color)
+        self.draw.rectangle([v * self.SCALE for v in (min(a, c), min(b, d) - 1, max(a, c), max(b, d))], fill=color)       # 0 is a line
 
     def span(self, x, low, high, color="#222222", width=1.2, cap=3):
         """An interval in y at x, with caps."""
@@ -354,16 +355,16 @@ def draw_figures(results, folder):
     groups = [(f"turn {k + 1}", {arm: (v["EB"][k], v["interval_95"]["EB"][k]) for arm, v in arms.items() if "EB" in v}) for k in range(1, K)]
     if groups and groups[0][1]:
         draw_bars(groups, arms, "Exposure-bias gap" + proxy, "M on clean context - M on own outputs, points", folder / "exposure.png",
-                  ["same instructions, same noise", "0 = own errors do no harm"], 480)
+                  ["same instructions, same noise", "0 = own errors do no harm"], 560)
         found.append((folder / "exposure.png", "How many more edits would succeed if the picture before had been right."))
+    if any("nothing" in v for v in arms.values()):
+        draw_drift(results, folder / "drift.png")
+        found.append((folder / "drift.png", "What editing costs by itself, without any judge: 0 is a perfect copy."))
     groups = [(name.removeprefix("kind "), {arm: (v[name][0], v["interval_95"][name][0]) for arm, v in arms.items()})
               for name in next(iter(arms.values())) if name.startswith("kind ")]
     if groups:
         draw_bars(groups, arms, "Marginal success by edit type, all turns" + proxy, "percent, 95 % intervals", folder / "kinds.png")
         found.append((folder / "kinds.png", "Which edits the model can do."))
-    if any("nothing" in v for v in arms.values()):
-        draw_drift(results, folder / "drift.png")
-        found.append((folder / "drift.png", "What editing costs by itself, without any judge: 0 is a perfect copy."))
     return found
 
 
