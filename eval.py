@@ -90,14 +90,15 @@ def missing(passes, folder, names, rank=0, world=1):
 
 
 def generate(settings, out, passes, names, device, rank=0, world=1):
-    """Write every arm's missing pictures; this process does each world-th task. Tuned arms first: a LoRA that does not fit is refused at once."""
+    """Write every arm's missing pictures; this process does each world-th task. LoRAs first: one that does not fit is refused at once."""
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     for arm in [*settings["loras"], *["base"] * bool(settings["model"])]:
         todo = [(seed, part, rows) for seed in range(settings["seeds"])
                 for part, rows in missing(passes, folder_of(out, arm, seed, settings), names, rank, world)]
         if not todo:
             continue
-        editor = model.load(settings["model"], device, dtype, **{"guidance": settings["guidance"]} if settings["guidance"] is not None else {})
+        guidance = {} if settings["guidance"] is None else {"guidance": settings["guidance"]}
+        editor = model.load(settings["model"], device, dtype, **guidance)
         if arm != "base":
             model.load_weights(editor, settings["loras"][arm])
         T = settings["denoise"]
@@ -107,12 +108,14 @@ def generate(settings, out, passes, names, device, rank=0, world=1):
         settings |= {"denoise": T, "guidance": getattr(editor, "guidance", None)}
         if rank == 0:
             keep_manifest(settings, out)                                         # nothing is written before this
-        with tqdm(total=sum(part.turns * len(rows) for _, part, rows in todo), desc=f"generate {arm}", unit="picture", disable=rank > 0) as bar:
+        with tqdm(total=sum(part.turns * len(rows) for _, part, rows in todo), desc=f"generate {arm}", unit="picture",
+                  disable=rank > 0) as bar:
             for seed, part, rows in todo:
                 where = folder_of(out, arm, seed, settings) / FOLDERS[part.name]
                 where.mkdir(parents=True, exist_ok=True)
-                noise = baseline_noise(editor, SEED + seed) if settings["protocol"] else \
-                    lambda shape, row, k: draw_noise(shape, seed, 0, row, 0, part.first + k, 0)     # a turn's noise is the same in every pass
+                noise = lambda shape, row, k: draw_noise(shape, seed, 0, row, 0, part.first + k, 0)   # a turn's is the same in every pass
+                if settings["protocol"]:
+                    noise = baseline_noise(editor, SEED + seed)
                 for first in range(0, len(rows), settings["batch"]):
                     batch = rows[first:first + settings["batch"]]
                     images = rollout(editor, [part.tasks[i] for i in batch], 1, part.turns, T, (seed, 0), task_rows=batch, keep=False,
@@ -163,7 +166,8 @@ def load_pictures(part, rows, folder, names):
                 if image.size != (source.shape[2], source.shape[1]):
                     raise ValueError(f"{path} is {image.width} x {image.height}, expected {source.shape[2]} x {source.shape[1]} as the source")
                 own.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
-        first = next((f for f in (file_of(folder / FOLDERS[part.name], names[i]).with_suffix(end) for end in (".png", ".jpg")) if f.is_file()), None)
+        first = next((f for f in (file_of(folder / FOLDERS[part.name], names[i]).with_suffix(end) for end in (".png", ".jpg"))
+                      if f.is_file()), None)
         if first and part.name == "own":
             with Image.open(first) as image:
                 seen = torch.from_numpy(np.array(image.convert("RGB").resize((source.shape[2], source.shape[1]), Image.LANCZOS)))
@@ -319,7 +323,8 @@ def draw_resamples(n, samples, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for part in torch.arange(samples).split(max(1, 2_000_000 // n)):
         rows = torch.randint(n, (len(part), n), generator=generator)
-        yield torch.zeros(len(part), n, dtype=torch.float64).scatter_add_(1, rows, torch.ones(1, 1, dtype=torch.float64).expand(len(part), n))
+        counts = torch.zeros(len(part), n, dtype=torch.float64)
+        yield counts.scatter_add_(1, rows, torch.ones_like(counts))
 
 
 def exact_p(base, tuned):
@@ -355,9 +360,10 @@ def summarise(arms, kinds=None, samples=10_000):
     interval = lambda v: torch.nanquantile(v, torch.tensor([.025, .975], dtype=torch.float64), dim=0).T.tolist()
     result = {"arms": {}, "differences": {}}
     for name, arm in arms.items():
-        valid = {metric: parts[name][key][1].sum(0).long().tolist() for metric, key in (("M", "M"), ("IF", "IF"), ("EB", "clean")) if key in parts[name]}
-        valid["CC"] = [v.long().tolist() for v in torch.stack([p[1].sum(0) for key, p in parts[name].items() if key.startswith("CC")]).T]
-        valid |= {key: p[1].sum(0).long().tolist() for key, p in parts[name].items() if key.startswith(("kind ", "turns "))}
+        count = lambda key: parts[name][key][1].sum(0).long().tolist()
+        valid = {metric: count(key) for metric, key in (("M", "M"), ("IF", "IF"), ("EB", "clean")) if key in parts[name]}
+        valid |= {key: count(key) for key in parts[name] if key.startswith(("kind ", "turns "))}
+        valid["CC"] = list(map(list, zip(*(count(key) for key in parts[name] if key.startswith("CC")))))       # per turn, of each part
         result["arms"][name] = {metric: v[0].tolist() for metric, v in values[name].items()} | {
             "interval_95": {metric: interval(v) for metric, v in draws[name].items()}, "n": valid}
         if name != base:
@@ -373,7 +379,8 @@ def summarise(arms, kinds=None, samples=10_000):
 def report(arms, names, n_tasks, kinds=None):
     """Rewards of arms {name: r (n_seeds * n, K, M)} -> `summarise`, with the mean of every reward and the share of judge failures."""
     fold = lambda v: v.view(-1, n_tasks, *v.shape[1:])
-    result = summarise({arm: {"s": fold(successes(r, names)), "cc": fold(r[:, :, [names.index("consistency")]])} for arm, r in arms.items()}, kinds)
+    c = names.index("consistency")
+    result = summarise({arm: {"s": fold(successes(r, names)), "cc": fold(r[..., [c]])} for arm, r in arms.items()}, kinds)
     for arm, r in arms.items():
         result["arms"][arm] |= {"judge_failed": r.isnan().any(2).float().mean().item(),
                                 "rewards": {name: r[:, :, m].nanmean(0).tolist() for m, name in enumerate(names)}}
@@ -405,7 +412,8 @@ def collect(settings, out, passes, names):
                      "copied": table["own", "copied"], "drift": table["own", "drift"]}
         if ("clean", "copied") in table:
             clean = successes(stack("clean").flatten(0, 1), columns).view(S, n, K)
-            probed = ~table["nothing", "drift"][:, :, :1].isnan()                                              # turn 1 is its own clean context
+            # turn 1 is its own clean context
+            probed = ~table["nothing", "drift"][:, :, :1].isnan()
             arms[arm]["clean"] = torch.cat([s[..., :1].where(probed, torch.tensor(float("nan"), dtype=s.dtype)), clean[..., 1:]], 2)
         if ("nothing", "drift") in table:
             arms[arm]["nothing"] = table["nothing", "drift"]
@@ -428,21 +436,28 @@ def parse(argv=None):
     parser.add_argument("stage", nargs="?", choices=STAGES, help="one stage alone (default: all that is not finished)")
     parser.add_argument("--run", type=Path, help="folder of a training run: its model, data, turns and steps, base against tuned")
     parser.add_argument("--model", help="editor: a folder or hub id; needed without --run")
-    parser.add_argument("--lora", action="append", default=[], metavar="[NAME=]PATH", help="LoRA file or folder to compare with the base; may be repeated")
+    parser.add_argument("--lora", action="append", default=[], metavar="[NAME=]PATH",
+                        help="LoRA file or folder to compare with the base; may be repeated")
     parser.add_argument("--pictures", action="append", default=[], metavar="NAME_generation",
                         help="a folder of pictures in EdiVal's layout, made elsewhere, to score; may be repeated")
-    parser.add_argument("--edival", action="append", default=[], metavar="RESULTS", help="EdiVal's own results of a model, to report; may be repeated")
+    parser.add_argument("--edival", action="append", default=[], metavar="RESULTS",
+                        help="EdiVal's own results of a model, to report; may be repeated")
     parser.add_argument("--data", help="'shapes', a JSONL file or EdiVal's CSV (default: the run's, else shapes)")
-    parser.add_argument("--split", choices=["train", "val", "test", "all"], help="default: test of the run's data and of shapes, all of another file")
-    parser.add_argument("--protocol", choices=["edival"], help="what EdiVal's baselines fix: 512 x 512, seed 1234 every turn, steps and guidance of the family")
+    parser.add_argument("--split", choices=["train", "val", "test", "all"],
+                        help="default: test of the run's data and of shapes, all of another file")
+    parser.add_argument("--protocol", choices=["edival"],
+                        help="what EdiVal's baselines fix: 512 x 512, seed 1234 every turn, steps and guidance of the family")
     parser.add_argument("--judge", help="'exact' or a VLM (default: exact for the embedded world, else the run's)")
     parser.add_argument("--features", help="a DINOv2 or DINOv3 folder or hub id: consistency by its features in place of the judge's")
     parser.add_argument("--tasks", type=int, help="number of tasks, at least 1 (default: 500 of shapes, all of a file)")
-    parser.add_argument("--probes", type=int, help="tasks for the exposure-bias gap and the drift under 'change nothing'; 0 = none (default: 100)")
+    parser.add_argument("--probes", type=int,
+                        help="tasks for the exposure-bias gap and the drift under 'change nothing'; 0 = none (default: 100)")
     parser.add_argument("--turns", type=int, help="K, edits in a row (default: the run's, else 3)")
-    parser.add_argument("--denoise", type=int, help="T, denoising steps per turn (default: the run's --eval-denoise, else 8 for shapes, 28)")
+    parser.add_argument("--denoise", type=int,
+                        help="T, denoising steps per turn (default: the run's --eval-denoise, else 8 for shapes, 28)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the run's, else the family's)")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="picture size for photographs (default: the run's, else 512 512)")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
+                        help="picture size for photographs (default: the run's, else 512 512)")
     parser.add_argument("--seeds", type=int, help="noise seeds per task, pooled (default: 1)")
     parser.add_argument("--batch", type=int, help="tasks in one forward (default: 100 for shapes, else 4)")
     parser.add_argument("--out", type=Path, help="folder of the evaluation (default: RUN/eval, else out/eval)")
@@ -495,7 +510,8 @@ def settle(args):
             raise ValueError(f"--{name} {value} must be at least {low}")
     out = args.out or (args.run / "eval" if args.run else Path("out/eval"))
     before = json.loads((out / "manifest.json").read_text()) if (out / "manifest.json").is_file() else {}
-    first = lambda name, default=None: next((v for v in (getattr(args, name), before.get(name), config.get(name)) if v is not None), default)
+    def first(name, default=None):
+        return next((v for v in (getattr(args, name), before.get(name), config.get(name)) if v is not None), default)
 
     settings = {name: first(name) for name in ("model", "protocol", "features", "guidance", "denoise")} | {"data": first("data", "shapes")}
     shapes, csv = settings["data"] == "shapes", str(settings["data"]).endswith(".csv")
@@ -506,7 +522,7 @@ def settle(args):
     if settings["protocol"]:
         if shapes or args.denoise or args.guidance or args.size:
             raise ValueError("--protocol edival is for photographs (--data), and fixes --denoise, --guidance and --size: leave them out")
-        settings |= {"size": [SIZE] * 2, "denoise": before.get("denoise"), "guidance": before.get("guidance")}     # else known with the family
+        settings |= {"size": [SIZE] * 2, "denoise": before.get("denoise"), "guidance": before.get("guidance")}    # None: the family's
     elif not settings["denoise"]:
         settings["denoise"] = 8 if shapes else 28
 
@@ -518,9 +534,11 @@ def settle(args):
         if weights[name] != before["weights"][name]:
             raise ValueError(f"{out} holds pictures of other weights named {name!r}: choose another --out, or name these, --lora NAME={loras[name]}")
     settings |= {"loras": before.get("loras", {}) | loras, "weights": before.get("weights", {}) | weights}
-    settings["pictures"] = before.get("pictures", {}) | named(args.pictures, model_of, [*["base"] * bool(settings["model"]), *settings["loras"]])
+    ours = [*["base"] * bool(settings["model"]), *settings["loras"]]
+    settings["pictures"] = before.get("pictures", {}) | named(args.pictures, model_of, ours)
     settings["edival"] = named(args.edival, model_of)        # not kept: EdiVal's verdicts are a report beside ours
-    changed = [f"{name} {before[name]!r} -> {settings[name]!r}" for name in FROZEN if before.get(name) is not None and before[name] != settings[name]]
+    changed = [f"{name} {before[name]!r} -> {settings[name]!r}" for name in FROZEN
+               if before.get(name) is not None and before[name] != settings[name]]
     if changed:
         raise ValueError(f"{out} holds another evaluation ({', '.join(changed)}): choose another --out")
     if not (settings["model"] or settings["pictures"] or settings["edival"]):
@@ -604,21 +622,22 @@ def report_edival(settings, out, tasks):
     arms, kinds, names = collect_results(settings["edival"], tasks)
     K = arms[next(iter(arms))]["s"].shape[2]
     settings |= {"turns": K, "seeds": 1}
-    there = tasks and all(file_of(folder_of(out, arm, 0, settings) / "multipass", name, k).is_file() for arm in arms for name in names for k in (None, *range(K)))
+    at = {arm: folder_of(out, arm, 0, settings) / "multipass" for arm in arms}
+    there = tasks and all(file_of(at[arm], name, k).is_file() for arm in arms for name in names for k in (None, *range(K)))
     if there:
-        place = folder_of(out, next(iter(arms)), 0, settings) / "multipass"
         tasks = [task for task in tasks if task.meta["index"] in names]
         for task in tasks:
-            task.image = Image.open(file_of(place, task.meta["index"]))
+            task.image = Image.open(file_of(at[next(iter(arms))], task.meta["index"]))
     finish(settings, out, out / "edival", summarise(arms, kinds), arms, tasks if there else None, kinds, names)
 
 
 def finish(settings, out, folder, result, arms, tasks, kinds, names):
     """Write everything that the report stage writes into a folder, and print the table."""
     result = settings | {"profile": profile_of(settings), "n": len(names)} | result
-    pictures = {arm: lambda i, arm=arm: [file_of(folder_of(out, arm, 0, settings) / "multipass", names[i], k) for k in (None, *range(settings["turns"]))]
-                for arm in arms} if tasks else {}
-    write_report(folder, result, arms, tasks, kinds, names, pictures)
+
+    def paths(arm):
+        return lambda i: [file_of(folder_of(out, arm, 0, settings) / "multipass", names[i], k) for k in (None, *range(settings["turns"]))]
+    write_report(folder, result, arms, tasks, kinds, names, {arm: paths(arm) for arm in arms} if tasks else {})
     print(f"{setting_line(result)}\n{table(result)}\nwritten: {folder / 'report.html'}, results.json, tables.md, tables.tex, figures/, sheets/")
 
 

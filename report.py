@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SHOWN = ("M", "IF", "CC", "O")
-TITLES = {"M": "marginal success M", "IF": "cumulative success IF", "C": "conditional success IF_k / IF_k-1", "CC": "consistency CC", "O": "overall O",
+TITLES = {"M": "marginal success M", "IF": "cumulative success IF", "C": "conditional success IF_k / IF_k-1", "CC": "consistency CC",
+          "O": "overall O",
           "EB": "exposure-bias gap EB", "copied": "copy rate", "nothing": "drift under 'change nothing'", "flatness": "flatness M_K / M_1"}
 PROFILES = {"exact": "scored by the exact judge of the embedded world", "VLM": "scored by a vision-language model",
             "proxy": "proxy scores (EdiVal's data, our judge): not EdiVal-IF and EdiVal-CC, not comparable with published tables",
@@ -54,7 +55,8 @@ def table(results):
     """The console's table: a row for each turn and metric, every arm, and its difference from the base with the interval."""
     arms, differences = results["arms"], results["differences"]
     width = max(9, *(len(arm) + 2 for arm in arms))
-    lines = ["turn  metric  " + "".join(f"{arm:>{width}}" for arm in arms) + "".join(f"    {f'{arm} - {next(iter(arms))} [95 %]':<32}" for arm in differences)]
+    lines = ["turn  metric  " + "".join(f"{arm:>{width}}" for arm in arms)
+             + "".join(f"    {f'{arm} - {next(iter(arms))} [95 %]':<32}" for arm in differences)]
     for k in range(len(next(iter(arms.values()))["O"])):
         for m in SHOWN:
             line = f"{k + 1:>4}  {m:<6}  " + "".join(f"{values[m][k]:{width}.3f}" for values in arms.values())
@@ -88,27 +90,29 @@ def tables(results):
               ["model"] + [f"{label}{m} {k + 1}" for m in ("IF", "CC", "O") for k in range(K)],
               [[arm] + [percent(v[m][k]) for m in ("IF", "CC", "O") for k in range(K)] for arm, v in arms.items()])]
     for arm, d in differences.items():
-        rows = [[f"{label}{m}"] + [delta(d, m, k) + (f", {p_value(d['p'][m][k])}" if m in d["p"] else "") for k in range(K)] for m in ("M", "IF", "CC", "O")]
-        found.append((f"{arm} against {base}", "Difference in percentage points, 95 % interval of the paired bootstrap over dialogues; n.s. = the interval covers 0; "
-                      "p = McNemar's exact test.", ["", *turns], rows))
+        rows = [[f"{label}{m}"] + [delta(d, m, k) + (f", {p_value(d['p'][m][k])}" if m in d["p"] else "") for k in range(K)]
+                for m in ("M", "IF", "CC", "O")]
+        found.append((f"{arm} against {base}",
+                      "Difference in percentage points, 95 % interval of the paired bootstrap over dialogues; "
+                      "n.s. = the interval covers 0; p = McNemar's exact test.", ["", *turns], rows))
     rows = []
     for arm, v in arms.items():
-        rows += [[arm, name, *[percent(x) for x in v[m]]] for m, name in (("M", "marginal M"), ("IF", "cumulative IF"), ("C", "conditional IF_k / IF_k-1"))]
-        if "copied" in v:
-            rows.append([arm, "copy rate (output = input)", *[percent(x) for x in v["copied"]]])
+        for m, name in (("M", "marginal M"), ("IF", "cumulative IF"), ("C", "conditional IF_k / IF_k-1"), ("copied", "copy rate (output = input)")):
+            rows += [[arm, name, *[percent(x) for x in v[m]]]] * (m in v)
         rows.append([arm, "flatness M_K / M_1", *[""] * (K - 1), percent(v["flatness"][0])])
     found.append(("Success turn by turn", "Percent.", ["model", "", *turns], rows))
     rows = []
     for arm, v in arms.items():
         if "EB" in v:
-            n = v["n"]["EB"]
-            rows += [[arm, name, *[percent(v[m][k]) if n[k] else "–" for k in range(K)]] for m, name in (("M_clean", "M on a clean context"), ("M_self", "M on own outputs"))]
-            rows.append([arm, "gap EB", *[f"{percent(v['EB'][k], '+')} [{percent(v['interval_95']['EB'][k][0], '+')}, {percent(v['interval_95']['EB'][k][1], '+')}]"
-                                          + f" (n = {n[k]})" if n[k] else "–" for k in range(K)]])
+            n, bounds = v["n"]["EB"], v["interval_95"]["EB"]
+            for m, name in (("M_clean", "M on a clean context"), ("M_self", "M on own outputs")):
+                rows.append([arm, name, *[percent(x) for x in v[m]]])
+            rows.append([arm, "gap EB", *[f"{percent(v['EB'][k], '+')} [{percent(bounds[k][0], '+')}, {percent(bounds[k][1], '+')}] (n = {n[k]})"
+                                          if n[k] else "–" for k in range(K)]])
         if "nothing" in v:
             rows.append([arm, "drift under 'change nothing', mean |ΔRGB| of 255", *[f"{x:.2f}" for x in v["nothing"]]])
     if rows:
-        found.append(("Exposure bias", "The same instructions on a clean context and on the model's own outputs: what is lost is the exposure-bias gap.",
+        found.append(("Exposure bias", "The same instructions on a clean context and on the model's own outputs: what is lost is the gap.",
                       ["model", "", *turns], rows))
     kinds = [name for name in next(iter(arms.values())) if name.startswith("kind ")]
     if kinds:
@@ -116,7 +120,8 @@ def tables(results):
         for kind in kinds:
             name = kind.removeprefix("kind ")
             n = arms[base]["n"][kind][0]
-            rows.append([name, str(n // max(1, results.get("seeds") or 1)), *[percent(v[kind][0]) for v in arms.values()], *[delta(d, kind, 0) for d in differences.values()],
+            rows.append([name, str(n // max(1, results.get("seeds") or 1)), *[percent(v[kind][0]) for v in arms.values()],
+                         *[delta(d, kind, 0) for d in differences.values()],
                          *[" / ".join(f"{100 * x:.1f}" if x == x else "–" for x in v[f"turns {name}"]) for v in arms.values()]])
         found.append(("Marginal success by edit type", "Percent; all turns together, then turn by turn.",
                       ["type", "n", *arms, *[f"{arm} - {base}" for arm in differences], *[f"{arm}, by turn" for arm in arms]], rows))
@@ -124,7 +129,8 @@ def tables(results):
     for arm, v in arms.items():
         rows.append([arm, *[f"{v['n']['M'][k]} / {v['n']['IF'][k]} / {' + '.join(map(str, v['n']['CC'][k]))}" for k in range(K)],
                      percent(v["judge_failed"]) if "judge_failed" in v else "–"])
-    found.append(("How many verdicts", "Valid verdicts for M / IF / CC (EdiVal: object + background) per turn, all seeds; share of turns that the judge failed on, percent.",
+    found.append(("How many verdicts",
+                  "Valid verdicts for M / IF / CC (EdiVal: object + background) per turn, all seeds; percent of turns that the judge failed on.",
                   ["model", *turns, "judge failed"], rows))
     return found
 
@@ -136,17 +142,20 @@ def headline(results):
     words = [f"O_{K} is {percent(arms[base]['O'][-1])} for {base}"]
     for arm, d in results["differences"].items():
         low, high = d["interval_95"]["O"][-1]
-        words.append(f"{percent(arms[arm]['O'][-1])} for {arm} ({percent(d['O'][-1], '+')} points, 95 % interval {percent(low, '+')} to {percent(high, '+')}"
-                     + ("" if significant((low, high)) else ", not significant") + ")")
+        words.append(f"{percent(arms[arm]['O'][-1])} for {arm} ({percent(d['O'][-1], '+')} points, 95 % interval {percent(low, '+')} to "
+                     f"{percent(high, '+')}{'' if significant((low, high)) else ', not significant'})")
     return ", ".join(words) + "."
 
 
 def setting_line(results):
-    words = [f"{results['n']} dialogues" + (f" x {results['seeds']} seeds" if (results.get("seeds") or 1) > 1 else ""), f"data {results['data']}" if not results.get("edival") else ""]
+    words = [f"{results['n']} dialogues" + (f" x {results['seeds']} seeds" if (results.get("seeds") or 1) > 1 else ""),
+             f"data {results['data']}" if not results.get("edival") else ""]
     if results.get("model") and not results.get("edival"):
-        words += [f"model {results['model']}", f"{results['denoise']} denoising steps", f"guidance {results['guidance']}" if results.get("guidance") else "",
+        words += [f"model {results['model']}", f"{results['denoise']} denoising steps", f"guidance {results['guidance']}"
+                  if results.get("guidance") else "",
                   "EdiVal's protocol" if results.get("protocol") else ""]
-    words += ["" if results.get("edival") else f"judge {results['judge']}", f"CC from the features of {results['features']}" if results.get("features") else ""]
+    words += ["" if results.get("edival") else f"judge {results['judge']}", f"CC from the features of {results['features']}"
+              if results.get("features") else ""]
     return "; ".join(word for word in words if word) + f". {PROFILES[results['profile']].capitalize()}."
 
 
@@ -160,13 +169,15 @@ def markdown(results):
 
 def latex(results):
     """Tables for a paper: needs \\usepackage{booktabs}."""
-    special = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "–": "--", "Δ": r"$\Delta$", "|": r"$|$", "<": "$<$", ">": "$>$", "\\": r"\textbackslash{}",
+    special = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "–": "--", "Δ": r"$\Delta$", "|": r"$|$", "<": "$<$", ">": "$>$",
+               "\\": r"\textbackslash{}",
                "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "{": r"\{", "}": r"\}", "$": r"\$"}
     escape = lambda text: "".join(special.get(c, c) for c in text)
     head = lambda text: re.sub(r"([+-])(?=\d)", r"$\1$", escape(text)).replace("n.s.", r"\textit{n.s.}")
     lines = ["% " + setting_line(results), "% needs \\usepackage{booktabs}"]
     for title, note, header, rows in tables(results):
-        lines += ["", r"\begin{table}", r"\centering\small", rf"\caption{{{escape(title)}. {escape(note)} {escape(PROFILES[results['profile']].capitalize())}.}}",
+        lines += ["", r"\begin{table}", r"\centering\small",
+                  rf"\caption{{{escape(title)}. {escape(note)} {escape(PROFILES[results['profile']].capitalize())}.}}",
                   rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", " & ".join(map(head, header)) + r" \\", r"\midrule"]
         lines += [" & ".join(map(head, row)) + r" \\" for row in rows] + [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
     return "\n".join(lines) + "\n"
@@ -188,7 +199,8 @@ class Plot:
 
     def at(self, x, y):
         left, top, right, bottom = self.box
-        return left + (x - self.x[0]) / (self.x[1] - self.x[0]) * (right - left), bottom - (y - self.y[0]) / (self.y[1] - self.y[0]) * (bottom - top)
+        return (left + (x - self.x[0]) / (self.x[1] - self.x[0]) * (right - left),
+                bottom - (y - self.y[0]) / (self.y[1] - self.y[0]) * (bottom - top))
 
     def text(self, at, text, color="#222222", size=12, anchor="la"):
         self.draw.text([c * self.SCALE for c in at], text, color, ImageFont.load_default(size * self.SCALE), anchor=anchor)
@@ -277,7 +289,8 @@ def draw_success(results, path):
                 plot.span(k + 1 + shift, *v["interval_95"][m][k], COLORS[j % 6])
             for point in points:
                 plot.dot(*point, COLORS[j % 6], 3.5, hollow=m == "M")
-    plot.key([(COLORS[j % 6], arm) for j, arm in enumerate(arms)] + [("", ""), ("", "filled, solid: IF, all turns so far"), ("", "hollow, dashed: M, this turn alone")])
+    plot.key([(COLORS[j % 6], arm) for j, arm in enumerate(arms)] + [("", ""), ("", "filled, solid: IF, all turns so far"),
+                                                                     ("", "hollow, dashed: M, this turn alone")])
     plot.save(path)
 
 
@@ -291,7 +304,8 @@ def draw_plane(results, path):
     plot = Plot("Following against consistency" + " (proxy)" * (results["profile"] == "proxy"), x=x, y=y)
     plot.axes(x_ticks, y_ticks, "IF, cumulative success, percent", "CC, percent")
     for level in range(5, 100, 5 if x[1] - x[0] < .6 else 10):
-        curve = [(u, (level / 100) ** 2 / u) for u in np.linspace(max(x[0], 1e-3), x[1], 200) if y[0] <= (level / 100) ** 2 / max(u, 1e-9) <= y[1]]
+        curve = [(u, (level / 100) ** 2 / u) for u in np.linspace(max(x[0], 1e-3), x[1], 200)
+                 if y[0] <= (level / 100) ** 2 / max(u, 1e-9) <= y[1]]
         if len(curve) > 1:
             plot.line(curve, "#b9c4d0", 1)
             plot.text(plot.at(*curve[0]), f"O {level}", "#8794a3", 10, "lb" if curve[0][1] < y[1] - .02 * (y[1] - y[0]) else "lt")
@@ -329,10 +343,12 @@ def draw_bars(groups, arms, title, y_title, path, legend=(), width=None):
 def draw_drift(results, path):
     """Mean |ΔRGB| to the original under K repeated "change nothing" edits."""
     arms = {arm: v for arm, v in results["arms"].items() if "nothing" in v}
-    K, top = len(next(iter(arms.values()))["nothing"]), max([1, *finite(high for v in arms.values() for _, high in v["interval_95"]["nothing"])])
+    K = len(next(iter(arms.values()))["nothing"])
+    top = max([1, *finite(high for v in arms.values() for _, high in v["interval_95"]["nothing"])])
     step = next(s for s in (.5, 1, 2, 5, 10, 20, 50) if top / s <= 6)
     plot = Plot("Drift when nothing is to change", x=(.6, K + .4), y=(0, math.ceil(top / step) * step))
-    plot.axes([(k + 1, str(k + 1)) for k in range(K)], [(i * step, f"{i * step:g}") for i in range(math.ceil(top / step) + 1)], "turn", "mean |RGB difference| from the original, of 255")
+    plot.axes([(k + 1, str(k + 1)) for k in range(K)], [(i * step, f"{i * step:g}") for i in range(math.ceil(top / step) + 1)], "turn",
+              "mean |RGB difference| from the original, of 255")
     for j, (arm, v) in enumerate(arms.items()):
         shift = .06 * (j - (len(arms) - 1) / 2)
         plot.line([(k + 1 + shift, v["nothing"][k]) for k in range(K)], COLORS[j % 6], 2)
@@ -347,12 +363,15 @@ def draw_figures(results, folder):
     """Write the figures: [(path, caption)]."""
     arms, proxy = results["arms"], " (proxy)" * (results["profile"] == "proxy")
     draw_success(results, folder / "success.png")
-    found = [(folder / "success.png", "Cumulative success falls as soon as one turn fails; marginal success shows whether a later turn is harder than the first.")]
+    found = [(folder / "success.png",
+              "Cumulative success falls as soon as one turn fails; marginal success shows whether a later turn is harder than the first.")]
     if any(finite(v["CC"]) for v in arms.values()):
         draw_plane(results, folder / "plane.png")
-        found.append((folder / "plane.png", "Doing nothing gives high CC and no IF: an editor that was trained to game the consistency reward moves up and to the left."))
+        found.append((folder / "plane.png",
+                      "Doing nothing gives high CC and no IF: an editor that games the consistency reward moves up and to the left."))
     K = len(next(iter(arms.values()))["O"])
-    groups = [(f"turn {k + 1}", {arm: (v["EB"][k], v["interval_95"]["EB"][k]) for arm, v in arms.items() if "EB" in v}) for k in range(1, K)]
+    groups = [(f"turn {k + 1}", {arm: (v["EB"][k], v["interval_95"]["EB"][k]) for arm, v in arms.items() if "EB" in v})
+              for k in range(1, K)]
     if groups and groups[0][1]:
         draw_bars(groups, arms, "Exposure-bias gap" + proxy, "M on clean context - M on own outputs, points", folder / "exposure.png",
                   ["same instructions, same noise", "0 = own errors do no harm"], 560)
@@ -408,7 +427,8 @@ def draw_arms(tasks, images, success, path, n=6):
     order = range(len(tasks))
     if len(arms) == 2:
         order = sorted(order, key=lambda i: bool((success[arms[0]][i] == success[arms[1]][i]).all()))
-    contact_sheet([(arm, images[arm][i], told(tasks[i], images[arm].shape[1] - 1), success[arm][i] > 0) for i in list(order)[:n] for arm in arms], path)
+    contact_sheet([(arm, images[arm][i], told(tasks[i], images[arm].shape[1] - 1), success[arm][i] > 0) for i in list(order)[:n]
+                   for arm in arms], path)
 
 
 def verdicts(s, i):
@@ -417,7 +437,7 @@ def verdicts(s, i):
 
 
 def gains(arms, base, arm):
-    """How much better each dialogue went than with the base: successful turns, then consistency, over all seeds (n,) -> order, gain in turns."""
+    """How much better each dialogue went than with the base: order, by successful turns, then consistency; gain in turns (n,)."""
     turns = np.nan_to_num((arms[arm]["s"] - arms[base]["s"]).numpy()).sum((0, 2)) / len(arms[base]["s"])
     consistency = np.nan_to_num((arms[arm]["cc"] - arms[base]["cc"]).numpy()).sum((0, 2, 3))
     return np.lexsort((consistency, turns)), turns
@@ -428,7 +448,8 @@ def draw_sheets(arms, tasks, kinds, names, pictures, folder, n=6):
     base, K = next(iter(arms)), arms[next(iter(arms))]["s"].shape[2]
 
     def row(arm, i, note=""):
-        images = [np.array(Image.open(path).convert("RGB")).transpose(2, 0, 1) if k else np.array(tasks[i].image.convert("RGB")).transpose(2, 0, 1)
+        images = [np.array(Image.open(path).convert("RGB")).transpose(2, 0, 1) if k
+                  else np.array(tasks[i].image.convert("RGB")).transpose(2, 0, 1)
                   for k, path in enumerate(pictures[arm](i))]
         return f"{arm}, dialogue {names[i]}\n{note}".strip(), np.stack(images), told(tasks[i], K), verdicts(arms[arm]["s"], i)
 
@@ -442,12 +463,15 @@ def draw_sheets(arms, tasks, kinds, names, pictures, folder, n=6):
     for arm in list(arms)[1:]:
         order, turns = gains(arms, base, arm)
         best, worst = [i for i in order[::-1][:n] if turns[i] > 0], [i for i in order[:n] if turns[i] < 0]
-        sheet(f"wins-{arm}", [row(a, i, f"{turns[i]:+g} turns") for i in best for a in (base, arm)], f"biggest wins of {arm} over {base}, by successful turns")
-        sheet(f"losses-{arm}", [row(a, i, f"{turns[i]:+g} turns") for i in worst for a in (base, arm)], f"biggest losses of {arm} against {base}")
+        sheet(f"wins-{arm}", [row(a, i, f"{turns[i]:+g} turns") for i in best for a in (base, arm)],
+              f"biggest wins of {arm} over {base}, by successful turns")
+        sheet(f"losses-{arm}", [row(a, i, f"{turns[i]:+g} turns") for i in worst for a in (base, arm)],
+              f"biggest losses of {arm} against {base}")
     for arm in arms:
         rows = []
         for kind in sorted({kind for row_ in kinds for kind in row_} - {""}):
-            failed = [(i, k) for i in range(len(tasks)) for k in range(K) if kinds[i][k] == kind and verdicts(arms[arm]["s"], i)[k] is False]
+            failed = [(i, k) for i in range(len(tasks)) for k in range(K) if kinds[i][k] == kind
+                      and verdicts(arms[arm]["s"], i)[k] is False]
             rows += [row(arm, i, f"{nice(kind)} failed at turn {k + 1}") for i, k in random.Random(0).sample(failed, min(2, len(failed)))]
         sheet(f"failures-{arm}", rows, f"failures of {arm}, up to two of each edit type, drawn at random")
     return found
@@ -463,7 +487,8 @@ h1{font-size:26px;margin:0 0 4px}h2{margin:36px 0 6px;font-size:19px;border-bott
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13.5px}
 th,td{padding:4px 10px;text-align:right;border-bottom:1px solid #e8ecef;white-space:nowrap}
 th:first-child,td:first-child,td.l,th.l{text-align:left}th{background:#f4f6f8}
-.figures{display:flex;flex-wrap:wrap;gap:16px}.figures figure{margin:0;max-width:100%}.figures img{max-width:100%;border:1px solid #e8ecef;display:block}
+.figures{display:flex;flex-wrap:wrap;gap:16px}.figures figure{margin:0;max-width:100%}
+.figures img{max-width:100%;border:1px solid #e8ecef;display:block}
 figcaption{color:#56616d;font-size:13px}
 .filters{position:sticky;top:0;background:#fff;padding:10px 0;border-bottom:1px solid #dde2e7;z-index:1}
 .filters label{margin-right:16px;white-space:nowrap}select{font:inherit}
@@ -486,7 +511,8 @@ def inline(image, width=None):
     """A picture as a data URI: PNG where it is small or drawn, else a JPEG of at most `width` pixels."""
     stream = io.BytesIO()
     if width and image.width > 96:
-        image.convert("RGB").resize((min(width, image.width), round(image.height * min(width, image.width) / image.width)), Image.LANCZOS).save(stream, "JPEG", quality=85)
+        image.convert("RGB").resize((min(width, image.width), round(image.height * min(width, image.width) / image.width)),
+                                    Image.LANCZOS).save(stream, "JPEG", quality=85)
         kind = "jpeg"
     else:
         image.save(stream, "PNG", optimize=True)
@@ -502,7 +528,8 @@ def choose_shown(arms, n, most=120):
     part = most // 3 if len(arms) > 1 else 0
     edge = set(order[:part] + order[n - part:])
     drawn = random.Random(0).sample([i for i in range(n) if i not in edge], most - len(edge))
-    words = f"{most} of {n} dialogues: " + (f"{part} biggest losses, {part} biggest wins and {len(drawn)} at random" if part else "drawn at random")
+    words = f"{most} of {n} dialogues: " + (f"{part} biggest losses, {part} biggest wins and {len(drawn)} at random" if part
+                                            else "drawn at random")
     return sorted(edge | set(drawn)), words
 
 
@@ -514,47 +541,64 @@ def write_html(path, results, figures, sheets, arms, tasks, kinds, names, pictur
              f"<p class=lead>{e(headline(results))}</p><p class=note>{e(setting_line(results))}</p>"]
     if results["profile"] == "proxy":
         parts.append(f"<p class=warn><b>Proxy.</b> {e(PROFILES['proxy'].capitalize())}.</p>")
-    parts.append("<h2>Figures</h2><div class=figures>" + "".join(
-        f"<figure style='width:{image.width // Plot.SCALE}px'><img src='{inline(image)}' alt='{e(file.stem)}'><figcaption>{e(caption)}</figcaption></figure>" for file, caption in figures for image in [Image.open(file)]) + "</div>")
+    parts.append("<h2>Figures</h2><div class=figures>")
+    for file, caption in figures:
+        image = Image.open(file)
+        parts.append(f"<figure style='width:{image.width // Plot.SCALE}px'><img src='{inline(image)}' alt='{e(file.stem)}'>"
+                     f"<figcaption>{e(caption)}</figcaption></figure>")
+    parts.append("</div>")
     for title, note, header, rows in tables(results):
         left = {1} if header[1:2] == [""] else set()
         cells = lambda row, tag: "".join(f"<{tag}{' class=l' * (i in left)}>{e(cell)}</{tag}>" for i, cell in enumerate(row))
         parts.append(f"<h2>{e(title)}</h2><p class=note>{e(note)}</p><div class=wide><table><tr>{cells(header, 'th')}</tr>"
                      + "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows) + "</table></div>")
     if sheets:
-        parts.append("<h2>Contact sheets</h2><p class=note>Green border: the edit succeeded; red: it failed. Every picture is edited from the one on its left.</p>")
-        parts += [f"<details{' open' * (i == 0)}><summary>{e(caption)}</summary><img src='{inline(Image.open(file), 900)}' alt='{e(caption)}'></details>"
-                  for i, (file, caption) in enumerate(sheets)]
+        parts.append("<h2>Contact sheets</h2><p class=note>Green border: the edit succeeded; red: it failed. "
+                     "Every picture is edited from the one on its left.</p>")
+        for i, (file, caption) in enumerate(sheets):
+            parts.append(f"<details{' open' * (i == 0)}><summary>{e(caption)}</summary>"
+                         f"<img src='{inline(Image.open(file), 900)}' alt='{e(caption)}'></details>")
     if pictures:
-        rows, words = choose_shown(arms, len(tasks))
-        K = arms[next(iter(arms))]["s"].shape[2]
-        every = sorted({kind for i in rows for kind in kinds[i]} - {""})
-        options = lambda pairs: "".join(f"<option value='{e(value)}'>{e(text)}</option>" for value, text in pairs)
-        parts.append(f"<h2>Dialogues</h2><p class=note>{e(words[0].upper() + words[1:])}; first noise seed. A dialogue succeeds if every turn does.</p><div class=filters>"
-                     f"<label>edit type <select name=kind>{options([('', 'any'), *[(kind, nice(kind)) for kind in every]])}</select></label>"
-                     + "".join(f"<label>{e(arm)} <select name=arm{j}>{options([('', 'any outcome'), ('yes', 'succeeds'), ('no', 'fails'), *[(f'fail{k + 1}', f'fails at turn {k + 1}') for k in range(K)]])}"
-                               "</select></label>" for j, arm in enumerate(arms)) + "<span id=count></span></div>")
-        small = " small" if tasks[0].image.width <= 96 else ""
-        for i in rows:
-            marks, strips = "", []
-            for j, arm in enumerate(arms):
-                good = verdicts(arms[arm]["s"], i)
-                outcome = ["yes" if all(v is True for v in good) else "no" if False in good else ""] + [f"fail{k + 1}" for k, v in enumerate(good) if v is False]
-                marks += f" data-arm{j}='{' '.join(outcome)}'"
-                images = [tasks[i].image, *[Image.open(file) for file in pictures[arm](i)[1:]]]
-                captions, classes = ["source", *told(tasks[i], K)], ["", *["" if v is None else "ok" if v else "no" for v in good]]
-                strips.append(f"<div class=arm><b>{e(arm)}</b><div class='strip{small}'>" + "".join(
-                    f"<div class='{c}'><img loading=lazy src='{inline(image, 228)}' alt=''>{e(text)}</div>" for image, text, c in zip(images, captions, classes)) + "</div></div>")
-            parts.append(f"<div class=task data-kind='{e(' '.join(kinds[i]))}'{marks}><div class=note>dialogue {e(str(names[i]))}"
-                         + (f": {e(', '.join(map(nice, kinds[i])))}" if any(kinds[i]) else "") + f"</div><div class=arms>{''.join(strips)}</div></div>")
-        parts.append(f"<script>{SCRIPT}</script>")
+        parts += html_dialogues(arms, tasks, kinds, names, pictures)
     path.write_text("\n".join(parts), encoding="utf-8")
+
+
+def html_dialogues(arms, tasks, kinds, names, pictures):
+    """The dialogues with their filters: data-kind and data-armJ hold what the selects of the same names can ask for."""
+    e, K = html.escape, arms[next(iter(arms))]["s"].shape[2]
+    rows, words = choose_shown(arms, len(tasks))
+
+    def select(label, name, options):
+        return (f"<label>{e(label)} <select name={name}>" + "".join(f"<option value='{e(value)}'>{e(text)}</option>" for value, text in options)
+                + "</select></label>")
+    outcomes = [("", "any outcome"), ("yes", "succeeds"), ("no", "fails"), *[(f"fail{k + 1}", f"fails at turn {k + 1}") for k in range(K)]]
+    every = sorted({kind for i in rows for kind in kinds[i]} - {""})
+    parts = [f"<h2>Dialogues</h2><p class=note>{e(words[0].upper() + words[1:])}; first noise seed. A dialogue succeeds if every turn does.</p>",
+             "<div class=filters>", select("edit type", "kind", [("", "any"), *[(kind, nice(kind)) for kind in every]]),
+             *[select(arm, f"arm{j}", outcomes) for j, arm in enumerate(arms)], "<span id=count></span></div>"]
+    small = " small" * (tasks[0].image.width <= 96)
+    for i in rows:
+        marks, strips = "", ""
+        for j, arm in enumerate(arms):
+            good = verdicts(arms[arm]["s"], i)
+            outcome = "yes" if all(v is True for v in good) else "no" if False in good else ""
+            marks += f" data-arm{j}='{' '.join([outcome, *[f'fail{k + 1}' for k, v in enumerate(good) if v is False]])}'"
+            images = [tasks[i].image, *[Image.open(file) for file in pictures[arm](i)[1:]]]
+            classes = ["", *["" if v is None else "ok" if v else "no" for v in good]]
+            strips += f"<div class=arm><b>{e(arm)}</b><div class='strip{small}'>"
+            for image, text, c in zip(images, ["source", *told(tasks[i], K)], classes):
+                strips += f"<div class='{c}'><img loading=lazy src='{inline(image, 228)}' alt=''>{e(text)}</div>"
+            strips += "</div></div>"
+        about = f": {', '.join(map(nice, kinds[i]))}" * any(kinds[i])
+        parts.append(f"<div class=task data-kind='{e(' '.join(kinds[i]))}'{marks}><div class=note>dialogue {e(f'{names[i]}{about}')}</div>"
+                     f"<div class=arms>{strips}</div></div>")
+    return parts + [f"<script>{SCRIPT}</script>"]
 
 
 def write_report(out, results, arms, tasks, kinds, names, pictures):
     """Write results.json, tables.md, tables.tex, figures/, sheets/ and report.html into `out`.
 
-    arms: tensors of eval.moments; tasks may be None, and pictures {} ({arm: function of a row -> K + 1 paths}), where there are no pictures.
+    arms: tensors of eval.moments. pictures: {arm: function of a row -> K + 1 paths}, {} (and tasks None) where there are none.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
