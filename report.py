@@ -304,7 +304,7 @@ def draw_plane(results, path):
     plot = Plot("Following against consistency" + " (proxy)" * (results["profile"] == "proxy"), x=x, y=y)
     plot.axes(x_ticks, y_ticks, "IF, cumulative success, percent", "CC, percent")
     for level in range(5, 100, 5 if x[1] - x[0] < .6 else 10):
-        curve = [(u, (level / 100) ** 2 / u) for u in np.linspace(max(x[0], 1e-3), x[1], 200)
+        curve = [(u, (level / 100) ** 2 / u) for u in np.linspace(max(x[0], 1e-3), x[1], 3000)
                  if y[0] <= (level / 100) ** 2 / max(u, 1e-9) <= y[1]]
         if len(curve) > 1:
             plot.line(curve, "#b9c4d0", 1)
@@ -396,7 +396,7 @@ def contact_sheet(rows, path, width=144):
     """
     font, K, H = ImageFont.load_default(11), len(rows[0][1]) - 1, rows[0][1].shape[2] * width // rows[0][1].shape[3]
     columns = width // 6                                                               # characters in a line of caption
-    texts = [[textwrap.wrap(label, columns)] + [sum((textwrap.wrap(part, columns) for part in c.split("\n")), []) for c in captions]
+    texts = [[sum((textwrap.wrap(part, columns) for part in text.split("\n")), []) for text in (label, *captions)]
              for label, _, captions, _ in rows]
     heights = [H + 14 + 13 * max(map(len, text)) for text in texts]
     sheet = Image.new("RGB", ((K + 1) * (width + 10) + 10, sum(heights) + 10), "white")
