@@ -97,8 +97,10 @@ def tables(results):
                       "n.s. = the interval covers 0; p = McNemar's exact test.", ["", *turns], rows))
     rows = []
     for arm, v in arms.items():
-        for m, name in (("M", "marginal M"), ("IF", "cumulative IF"), ("C", "conditional IF_k / IF_k-1"), ("copied", "copy rate (output = input)")):
-            rows += [[arm, name, *[percent(x) for x in v[m]]]] * (m in v)
+        for m, name in (("M", "marginal M"), ("IF", "cumulative IF"), ("C", "conditional IF_k / IF_k-1"),
+                        ("copied", "copy rate (output = input)")):
+            if m in v:
+                rows.append([arm, name, *[percent(x) for x in v[m]]])
         rows.append([arm, "flatness M_K / M_1", *[""] * (K - 1), percent(v["flatness"][0])])
     found.append(("Success turn by turn", "Percent.", ["model", "", *turns], rows))
     rows = []
@@ -107,7 +109,8 @@ def tables(results):
             n, bounds = v["n"]["EB"], v["interval_95"]["EB"]
             for m, name in (("M_clean", "M on a clean context"), ("M_self", "M on own outputs")):
                 rows.append([arm, name, *[percent(x) for x in v[m]]])
-            rows.append([arm, "gap EB", *[f"{percent(v['EB'][k], '+')} [{percent(bounds[k][0], '+')}, {percent(bounds[k][1], '+')}] (n = {n[k]})"
+            rows.append([arm, "gap EB",
+                         *[f"{percent(v['EB'][k], '+')} [{percent(bounds[k][0], '+')}, {percent(bounds[k][1], '+')}] (n = {n[k]})"
                                           if n[k] else "–" for k in range(K)]])
         if "nothing" in v:
             rows.append([arm, "drift under 'change nothing', mean |ΔRGB| of 255", *[f"{x:.2f}" for x in v["nothing"]]])
@@ -569,7 +572,8 @@ def html_dialogues(arms, tasks, kinds, names, pictures):
     rows, words = choose_shown(arms, len(tasks))
 
     def select(label, name, options):
-        return (f"<label>{e(label)} <select name={name}>" + "".join(f"<option value='{e(value)}'>{e(text)}</option>" for value, text in options)
+        return (f"<label>{e(label)} <select name={name}>" + "".join(f"<option value='{e(value)}'>{e(text)}</option>" for value,
+                                                                    text in options)
                 + "</select></label>")
     outcomes = [("", "any outcome"), ("yes", "succeeds"), ("no", "fails"), *[(f"fail{k + 1}", f"fails at turn {k + 1}") for k in range(K)]]
     every = sorted({kind for i in rows for kind in kinds[i]} - {""})
