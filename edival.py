@@ -35,9 +35,9 @@ BASELINES = {"FluxKontextPipeline": Baseline(28, 2.5, 1024, "", 2, 512), "QwenIm
 def as_baseline(editor):
     """Make an editor edit as EdiVal's baseline of its family does: (editor, denoising steps)."""
     rule = BASELINES[type(editor.pipe).__name__]
-    editor.guidance = rule.guidance
+    editor.guidance, editor.guided = rule.guidance, editor.negative is not None and rule.guidance > 1
     if rule.text:
-        editor.max_text = min(rule.text, editor.pipe.tokenizer_2.model_max_length)
+        editor.max_text = rule.text
     return AtSize(editor, (rule.size, rule.size)), rule.steps
 
 

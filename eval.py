@@ -39,7 +39,7 @@ import model
 import reward
 from edival import SEED, SIZE, as_baseline, baseline_noise, collect_results, file_of
 from report import contact_sheet, draw_arms, setting_line, table, write_report      # train.py draws with them too
-from rollout import Task, draw_noise, rollout, stack_images
+from rollout import Task, by_size, draw_noise, rollout, stack_images
 
 STAGES = ("generate", "score", "report")
 NOTHING = "Change nothing"
@@ -89,6 +89,11 @@ def missing(passes, folder, names, rank=0, world=1):
             yield part, rows
 
 
+def batches(part, rows, most):
+    """Rows of a pass in parts of one picture size, at most `most` together."""
+    return [[rows[i] for i in places] for places in by_size([part.tasks[i] for i in rows], most)] if rows else []
+
+
 def generate(settings, out, passes, names, device, rank=0, world=1):
     """Write every arm's missing pictures; this process does each world-th task. LoRAs first: one that does not fit is refused at once."""
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
@@ -97,14 +102,14 @@ def generate(settings, out, passes, names, device, rank=0, world=1):
                 for part, rows in missing(passes, folder_of(out, arm, seed, settings), names, rank, world)]
         if not todo:
             continue
-        guidance = {} if settings["guidance"] is None else {"guidance": settings["guidance"]}
-        editor = model.load(settings["model"], device, dtype, **guidance)
+        editor = model.load(settings["model"], device, dtype, settings["guidance"], settings["offload"])
         if arm != "base":
             model.load_weights(editor, settings["loras"][arm])
         T = settings["denoise"]
         if settings["protocol"]:
             editor, T = as_baseline(editor)
-        editor.latent_shape(passes[0].tasks[0].image.size[::-1])                 # refuses a size that is no multiple
+        for size in {task.image.size[::-1] for task in passes[0].tasks.values()}:
+            editor.latent_shape(size)                                            # refuses a size that is no multiple
         settings |= {"denoise": T, "guidance": getattr(editor, "guidance", None)}
         if rank == 0:
             keep_manifest(settings, out)                                         # nothing is written before this
@@ -116,8 +121,7 @@ def generate(settings, out, passes, names, device, rank=0, world=1):
                 noise = lambda shape, row, k: draw_noise(shape, seed, 0, row, 0, part.first + k, 0)   # a turn's is the same in every pass
                 if settings["protocol"]:
                     noise = baseline_noise(editor, SEED + seed)
-                for first in range(0, len(rows), settings["batch"]):
-                    batch = rows[first:first + settings["batch"]]
+                for batch in batches(part, rows, settings["batch"]):
                     images = rollout(editor, [part.tasks[i] for i in batch], 1, part.turns, T, (seed, 0), task_rows=batch, keep=False,
                                      start_noise=noise, on_turn=lambda *_: bar.update(len(batch))).images
                     for i, pictures in zip(batch, images):
@@ -137,19 +141,21 @@ def save_png(picture, path):
 # ------------------------------------------------------------------------------------------------------------- score
 
 def evaluate(editor, judge, tasks, K, T, seeds=(0,), batch=100, desc="eval", show=True):
-    """Generate and score in memory (train.py's closing table): r (n_seeds * n, K, M) and images (n, K+1, 3, H, W) of the first seed."""
-    rewards, images = [], []
+    """Generate and score in memory (train.py's closing table): r (n_seeds * n, K, M) and n images (K+1, 3, H, W) of the first seed."""
+    rewards, images = [], [None] * len(tasks)
     with tqdm(total=len(seeds) * len(tasks), desc=desc, unit="task", disable=not show) as bar:
         for seed in seeds:
-            for first in range(0, len(tasks), batch):
-                part, r = tasks[first:first + batch], []
-                trajectory = rollout(editor, part, 1, K, T, (seed, 0), task_rows=range(first, first + len(part)), keep=False,
+            rewards.append(torch.empty(len(tasks), K, len(judge.names)))
+            for places in by_size(tasks, batch):
+                part, r = [tasks[i] for i in places], []
+                trajectory = rollout(editor, part, 1, K, T, (seed, 0), task_rows=places.tolist(), keep=False,
                                      on_turn=lambda k, pictures: r.append(judge(part, pictures, k)))
-                rewards.append(torch.stack(r, 1))
+                rewards[-1][places] = torch.stack(r, 1).to(rewards[-1])
                 if seed == seeds[0]:
-                    images.append(trajectory.images)
+                    for i, pictures in zip(places, trajectory.images):
+                        images[i] = pictures
                 bar.update(len(part))
-    return torch.cat(rewards), torch.cat(images)
+    return torch.cat(rewards), images
 
 
 def load_pictures(part, rows, folder, names):
@@ -234,7 +240,7 @@ def score(settings, out, passes, names, judge, features=None, rank=0, world=1):
                     continue
                 rows = [i for i in list(part.tasks)[rank::world]
                         if any((arm, seed, part.name, names[i], part.first + k + 1) not in done for k in range(part.turns))]
-                todo += [(arm, seed, part, rows[first:first + 32]) for first in range(0, len(rows), 32)]
+                todo += [(arm, seed, part, batch) for batch in batches(part, rows, 32)]
     if not todo:
         return
     file = Path(out) / (f"scores-{rank}.jsonl" if world > 1 else "scores.jsonl")
@@ -443,8 +449,9 @@ def parse(argv=None):
     parser.add_argument("--edival", action="append", default=[], metavar="RESULTS",
                         help="EdiVal's own results of a model, to report; may be repeated")
     parser.add_argument("--data", help="'shapes', a JSONL file or EdiVal's CSV (default: the run's, else shapes)")
+    parser.add_argument("--images", help="folder of the pictures of such a CSV (default: the run's)")
     parser.add_argument("--split", choices=["train", "val", "test", "all"],
-                        help="default: test of the run's data and of shapes, all of another file")
+                        help="default: test of shapes; of the file that the run trained on val, of any other file all")
     parser.add_argument("--protocol", choices=["edival"],
                         help="what EdiVal's baselines fix: 512 x 512, seed 1234 every turn, steps and guidance of the family")
     parser.add_argument("--judge", help="'exact' or a VLM (default: exact for the embedded world, else the run's)")
@@ -456,8 +463,8 @@ def parse(argv=None):
     parser.add_argument("--denoise", type=int,
                         help="T, denoising steps per turn (default: the run's --eval-denoise, else 8 for shapes, 28)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the run's, else the family's)")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
-                        help="picture size for photographs (default: the run's, else 512 512)")
+    parser.add_argument("--resolution", type=int, help="pictures are scaled to this area, squared, in pixels (default: the run's, else 512)")
+    parser.add_argument("--offload", action="store_true", default=None, help="text encoders are on the GPU only while they work")
     parser.add_argument("--seeds", type=int, help="noise seeds per task, pooled (default: 1)")
     parser.add_argument("--batch", type=int, help="tasks in one forward (default: 100 for shapes, else 4)")
     parser.add_argument("--out", type=Path, help="folder of the evaluation (default: RUN/eval, else out/eval)")
@@ -490,7 +497,7 @@ def fingerprint(path):
     return digest.hexdigest()
 
 
-FROZEN = ("model", "data", "split", "turns", "denoise", "guidance", "size", "protocol")       # what a picture depends on
+FROZEN = ("model", "data", "split", "turns", "denoise", "guidance", "resolution", "protocol")       # what a picture depends on
 
 
 def settle(args):
@@ -502,9 +509,8 @@ def settle(args):
         if not (args.run / "config.json").is_file():
             raise ValueError(f"--run {args.run} holds no config.json: it is no training run")
         config = json.loads((args.run / "config.json").read_text())
-        config |= {"denoise": config.get("eval_denoise"), "size": [config.get("height", 512), config.get("width", 512)],
-                   "tasks": None, "batch": None, "seeds": None}            # these are of the training
-    for name, low in (("tasks", 1), ("seeds", 1), ("batch", 1), ("turns", 1), ("denoise", 1), ("probes", 0)):
+        config |= {"denoise": config.get("eval_denoise"), "tasks": None}       # tasks: of a training step
+    for name, low in (("tasks", 1), ("seeds", 1), ("batch", 1), ("turns", 1), ("denoise", 1), ("resolution", 1), ("probes", 0)):
         value = getattr(args, name)
         if value is not None and value < low:
             raise ValueError(f"--{name} {value} must be at least {low}")
@@ -513,16 +519,17 @@ def settle(args):
     def first(name, default=None):
         return next((v for v in (getattr(args, name), before.get(name), config.get(name)) if v is not None), default)
 
-    settings = {name: first(name) for name in ("model", "protocol", "features", "guidance", "denoise")} | {"data": first("data", "shapes")}
+    settings = {name: first(name) for name in ("model", "protocol", "features", "guidance", "denoise")}
+    settings |= {"data": first("data", "shapes"), "images": first("images", ""), "offload": first("offload", False)}
     shapes, csv = settings["data"] == "shapes", str(settings["data"]).endswith(".csv")
-    settings |= {"split": first("split", "test" if shapes or not csv and settings["data"] == config.get("data") else "all"),
-                 "turns": first("turns", 3), "size": list(first("size", [512, 512])), "tasks": first("tasks", 500 if shapes else 1_000_000),
+    settings |= {"split": first("split", "test" if shapes else "val" if settings["data"] == config.get("data") else "all"),
+                 "turns": first("turns", 3), "resolution": first("resolution", SIZE), "tasks": first("tasks", 500 if shapes else 1_000_000),
                  "probes": first("probes", 100), "seeds": first("seeds", 1), "batch": first("batch", 100 if shapes else 4),
                  "judge": args.judge or before.get("judge") or ("exact" if shapes else config.get("judge", "exact"))}
     if settings["protocol"]:
-        if shapes or args.denoise or args.guidance or args.size:
-            raise ValueError("--protocol edival is for photographs (--data), and fixes --denoise, --guidance and --size: leave them out")
-        settings |= {"size": [SIZE] * 2, "denoise": before.get("denoise"), "guidance": before.get("guidance")}    # None: the family's
+        if shapes or args.denoise or args.guidance or args.resolution:
+            raise ValueError("--protocol edival is for photographs (--data), and fixes --denoise, --guidance and --resolution: leave them out")
+        settings |= {"resolution": SIZE, "denoise": before.get("denoise"), "guidance": before.get("guidance")}    # None: the family's
     elif not settings["denoise"]:
         settings["denoise"] = 8 if shapes else 28
 
@@ -583,9 +590,15 @@ def main(argv=None):
     if settings["edival"]:                                   # scored elsewhere: only the report is ours
         if args.stage in ("generate", "score"):
             raise ValueError(f"--edival is for the stage report: {args.stage} has nothing to do with it")
-        return report_edival(settings, out, data.load_edival(settings["data"], K, pictures=False) if csv else None)
+        return report_edival(settings, out, data.read_edival(Path(settings["data"]), K, None) if csv else None)
 
-    tasks = data.load(settings["data"], settings["split"], K, tuple(settings["size"]), settings["tasks"])
+    tasks = data.load(settings["data"], settings["split"], K, settings["resolution"], settings["tasks"], images=settings["images"])
+    if not tasks:
+        raise ValueError(f"--split {settings['split']} of {settings['data']} is empty")
+    for task in tasks if settings["protocol"] else []:
+        if task.image.size != (SIZE, SIZE):
+            raise ValueError(f"dialogue {task.meta.get('index')}: its picture becomes {task.image.width} x {task.image.height}, EdiVal's protocol is for "
+                             f"square ones ({SIZE} x {SIZE}, as in its input_images_resize_512.zip)")
     names, passes = names_of(tasks), plan(tasks, K, settings["probes"])
     if "score" in stages:                                    # refuse before anything is sampled
         judge = reward.load(settings["judge"], device)

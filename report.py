@@ -397,14 +397,15 @@ def contact_sheet(rows, path, width=144):
 
     An entry of good that is None has no border: the judge gave no verdict.
     """
-    font, K, H = ImageFont.load_default(11), len(rows[0][1]) - 1, rows[0][1].shape[2] * width // rows[0][1].shape[3]
+    font, K = ImageFont.load_default(11), len(rows[0][1]) - 1
     columns = width // 6                                                               # characters in a line of caption
     texts = [[sum((textwrap.wrap(part, columns) for part in text.split("\n")), []) for text in (label, *captions)]
              for label, _, captions, _ in rows]
-    heights = [H + 14 + 13 * max(map(len, text)) for text in texts]
+    tall = [images.shape[2] * width // images.shape[3] for _, images, _, _ in rows]
+    heights = [H + 14 + 13 * max(map(len, text)) for H, text in zip(tall, texts)]
     sheet = Image.new("RGB", ((K + 1) * (width + 10) + 10, sum(heights) + 10), "white")
     draw, y = ImageDraw.Draw(sheet), 10
-    for (_, images, _, good), text, height in zip(rows, texts, heights):
+    for (_, images, _, good), text, H, height in zip(rows, texts, tall, heights):
         for k in range(K + 1):
             x = 10 + k * (width + 10)
             picture = Image.fromarray(np.asarray(images[k]).transpose(1, 2, 0))
@@ -422,7 +423,7 @@ def told(task, K):
 
 
 def draw_arms(tasks, images, success, path, n=6):
-    """Contact sheet of up to n tasks, one row for each arm: images {arm: (n, K+1, 3, H, W)}, success {arm: (n, K)}.
+    """Contact sheet of up to n tasks, one row for each arm: images {arm: n of (K+1, 3, H, W)}, success {arm: (n, K)}.
 
     Shows the first tasks in which the arms differ at the last turn, else the first tasks.
     """
@@ -430,7 +431,7 @@ def draw_arms(tasks, images, success, path, n=6):
     order = range(len(tasks))
     if len(arms) == 2:
         order = sorted(order, key=lambda i: bool((success[arms[0]][i] == success[arms[1]][i]).all()))
-    contact_sheet([(arm, images[arm][i], told(tasks[i], images[arm].shape[1] - 1), success[arm][i] > 0) for i in list(order)[:n]
+    contact_sheet([(arm, images[arm][i], told(tasks[i], len(images[arm][i]) - 1), success[arm][i] > 0) for i in list(order)[:n]
                    for arm in arms], path)
 
 

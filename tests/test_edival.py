@@ -56,8 +56,8 @@ def write_csv(folder, dialogues=DIALOGUES, size=(40, 40)):
 @golden
 def test_the_published_counts_of_the_benchmark():
     """Catches: rows lost or read twice, types of another turn, consistency where EdiVal has none."""
-    tasks = data.load_edival(GOLDEN, 3, pictures=False)
-    assert len(tasks) == 572 and sum(len(rows) for rows in data.read_edival(GOLDEN).values()) == 1716
+    tasks = data.read_edival(GOLDEN, 3, None)
+    assert len(tasks) == 572 and sum(len(task.instructions) for task in tasks) == 1716
     assert Counter(kind for task in tasks for kind in task.kinds) == {
         "subject_add": 237, "subject_remove": 205, "background_change": 192, "count_change": 191,
         "material_alter": 188, "text_change": 188,
@@ -75,7 +75,7 @@ def test_the_published_counts_of_the_benchmark():
 @golden
 def test_words_shared_with_an_earlier_edit_find_what_the_object_lists_find():
     """Catches: dependent instructions of a JSONL file, which has no lists, that pass for independent."""
-    tasks = data.load_edival(GOLDEN, 3, pictures=False)
+    tasks = data.read_edival(GOLDEN, 3, None)
     pairs = [(task.meta["dependent"][k], data._speaks_of_earlier(task, k)) for task in tasks for k in (1, 2)]
     assert sum(listed and not guessed for listed, guessed in pairs) <= 1 and sum(listed for listed, _ in pairs) == 201
     assert sum(guessed for _, guessed in pairs) < 400
@@ -83,7 +83,7 @@ def test_words_shared_with_an_earlier_edit_find_what_the_object_lists_find():
 
 def test_a_small_table_gives_its_dialogues(tmp_path):
     """Catches: prefixes taken for dialogues, the row number for the index, a picture of another dialogue."""
-    tasks = data.load(write_csv(tmp_path), "test", 2, (32, 32))
+    tasks = data.load(write_csv(tmp_path), "test", 2, 32, images=str(tmp_path))
     assert [task.meta["index"] for task in tasks] == [3, 10, 11] and tasks[0].image.size == (32, 32)
     assert tasks[1].instructions == ["Change the background to sea", "Add ball", '"Change the count of ball to 3"']
     assert [task.meta["background_kept"] for task in tasks] == [[True] * 3, [False] * 3, [True, True, False]]
@@ -94,8 +94,8 @@ def test_a_small_table_gives_its_dialogues(tmp_path):
 
 @pytest.mark.parametrize("spoil, expected", [
     ("hole", "dialogue 10 has turns \\[1, 3\\], expected 1 to 3"),
-    ("list", "row 3 is no row of EdiVal's instruction CSV"),
-    ("other", "row 2 is no row of EdiVal"), ("picture", "dialogue 11: picture .*11_input_raw.jpg does not exist"),
+    ("list", "line 3 cannot be read"),
+    ("other", "is no CSV of EdiVal's form: it has no column"), ("picture", "holds no 11_input_raw"),
     ("short", "dialogue 3 has 3 instructions, fewer than the 4"), ("none", "holds no tasks")])
 def test_a_bad_table_is_refused_with_its_place(tmp_path, spoil, expected):
     """Catches: a dialogue without its second turn evaluated as one of two turns, a traceback of the parser."""
@@ -113,7 +113,7 @@ def test_a_bad_table_is_refused_with_its_place(tmp_path, spoil, expected):
         (tmp_path / "11_input_raw.jpg").unlink()
     path.write_text("".join(lines))
     with pytest.raises(ValueError, match=expected):
-        data.load(path, "all", 4 if spoil == "short" else 3, (32, 32))
+        data.load(path, "all", 4 if spoil == "short" else 3, 32, images=str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------- its protocol
@@ -123,14 +123,15 @@ def test_the_protocol_gives_the_pictures_of_the_baselines_own_loop(tmp_path, mon
     a first turn from the original file in place of what is written. EdiVal's loop over the pipeline, in small."""
     from diffusers.pipelines.flux import pipeline_flux_kontext
     monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(64, 64)])
-    monkeypatch.setitem(edival.BASELINES, "FluxKontextPipeline", edival.Baseline(3, 2.5, 64, "", 2, 512))
+    monkeypatch.setitem(edival.BASELINES, "FluxKontextPipeline", edival.Baseline(3, 3., 64, "", 2, 512))
     monkeypatch.setattr(evaluation, "SIZE", 32)
     path = write_csv(tmp_path, {index: DIALOGUES[index] for index in (3, 10)}, (32, 32))
-    evaluation.main(["generate", "--model", editor_folder(), "--data", str(path), "--protocol", "edival", "--turns",
+    evaluation.main(["generate", "--model", editor_folder(), "--data", str(path), "--images", str(tmp_path),
+                     "--protocol", "edival", "--turns",
                      "2", "--probes", "0",
                      "--out", str(tmp_path / "out")])
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert (manifest["denoise"], manifest["guidance"], manifest["size"], manifest["split"]) == (3, 2.5, [32, 32], "all")
+    assert (manifest["denoise"], manifest["guidance"], manifest["resolution"], manifest["split"]) == (3, 3., 32, "all")
     pipe, folder = load_pipe(), tmp_path / "out" / "base_generation" / "multipass"
     for index in (3, 10):
         current = Image.open(folder / f"{index}_input_raw.png")
@@ -139,7 +140,7 @@ def test_the_protocol_gives_the_pictures_of_the_baselines_own_loop(tmp_path, mon
         for k in range(2):
             torch.manual_seed(1234)
             text = DIALOGUES[index][k][1].replace("[", "").replace("]", "")
-            edited = pipe(image=current, prompt=text, guidance_scale=2.5, num_inference_steps=3, height=64, width=64,
+            edited = pipe(image=current, prompt=text, guidance_scale=3., num_inference_steps=3, height=64, width=64,
                           max_area=64 * 64,
                           max_sequence_length=14).images[0]
             current = edited.resize((32, 32), Image.LANCZOS)
@@ -184,7 +185,7 @@ def write_results(folder, s, kinds=None, consistency=None):
 @golden
 def test_results_with_a_third_partys_counts_give_its_published_rates(tmp_path):
     """Catches: CC pooled over object and background samples in place of the mean of their means; wrong denominators."""
-    tasks = data.load_edival(GOLDEN, 3, pictures=False)
+    tasks = data.read_edival(GOLDEN, 3, None)
     s = {task.meta["index"]: [0, 0, 0] for task in tasks}
     rows = list(s.values())
     for i, turns in enumerate([3] * 93 + [2] * (190 - 93) + [1] * (354 - 190)):
@@ -282,7 +283,8 @@ def test_edivals_data_by_our_judges_is_always_called_a_proxy(tmp_path, monkeypat
     path = write_csv(tmp_path)
     monkeypatch.setattr(model, "load", lambda *_, **__: CopyEditor())
     monkeypatch.setattr(reward, "load", lambda *_: Judge())
-    evaluation.main(["--model", "x", "--data", str(path), "--size", "32", "32", "--denoise", "1", "--judge", "vlm",
+    evaluation.main(["--model", "x", "--data", str(path), "--images", str(tmp_path), "--resolution", "32",
+                     "--denoise", "1", "--judge", "vlm",
                      "--features", str(dino),
                      "--out", str(tmp_path / "out")])
     out = tmp_path / "out"

@@ -337,7 +337,7 @@ def test_the_closing_table_of_training_measures_the_same(faulty):
     here = evaluation.report({"base": r}, judge.names, 40)["arms"]["base"]
     assert all(here[m] == pytest.approx(result[m], abs=1e-6) for m in ("M", "IF", "C", "CC", "O"))
     assert here["rewards"]["following"] == pytest.approx(result["rewards"]["following"], abs=1e-6)
-    assert images.shape == (40, 4, 3, 48, 48)
+    assert torch.stack(images).shape == (40, 4, 3, 48, 48)
 
 
 def test_an_editor_that_draws_the_right_picture_has_full_marks():
@@ -366,7 +366,7 @@ def test_a_judge_of_known_rates_gives_those_rates_back():
         assert images.shape == (len(part), k + 2, 3, 48, 48)
         return truth[[task.meta["row"] for task in part], k]
     r, images = evaluation.evaluate(CopyEditor(), judge, tasks, K, 2, seeds=(0, 1), batch=7, show=False)
-    assert r.shape == (2 * n, K, 2) and images.shape == (n, K + 1, 3, 48, 48)
+    assert r.shape == (2 * n, K, 2) and torch.stack(images).shape == (n, K + 1, 3, 48, 48)
     assert torch.equal(r.nan_to_num(-1), truth.repeat(2, 1, 1).nan_to_num(-1))
     report = evaluation.report({"base": r}, ["following", "consistency"], n)["arms"]["base"]
     s = (truth[..., 0] >= .5).double()
@@ -606,10 +606,11 @@ def test_eval_on_pictures_of_ones_own(run, tmp_path, monkeypatch):
     Image.effect_noise((60, 50), 90).convert("RGB").save(tmp_path / "a.png")
     (tmp_path / "tasks.jsonl").write_text('{"image": "a.png", "instructions": ["Add a ring", "Remove the ring"]}\n'
                                           '{"image": "a.png", "instructions": ["Add a ring", "Make it night"]}\n')
-    code, out, _ = run_script("eval.py", "--run", run, "--data", tmp_path / "tasks.jsonl", "--judge", "x", "--out",
+    code, out, _ = run_script("eval.py", "--run", run, "--data", tmp_path / "tasks.jsonl", "--judge", "x",
+                              "--resolution", 48, "--out",
                               tmp_path / "out")
     result = check_results(tmp_path / "out", out, ["base", "tuned"], 2)
-    assert code == 0 and result["n"] == 2 and result["size"] == [48, 48] and result["profile"] == "VLM"
+    assert code == 0 and result["n"] == 2 and result["resolution"] == 48 and result["profile"] == "VLM"
     assert result["arms"]["base"]["n"]["EB"] == [2, 1]       # "Remove the ring" needs what turn 1 made
 
 
