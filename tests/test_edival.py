@@ -96,7 +96,7 @@ def test_a_small_table_gives_its_dialogues(tmp_path):
     ("hole", "dialogue 10 has turns \\[1, 3\\], expected 1 to 3"),
     ("list", "line 3 cannot be read"),
     ("other", "is no CSV of EdiVal's form: it has no column"), ("picture", "holds no 11_input_raw"),
-    ("short", "dialogue 3 has 3 instructions, fewer than the 4"), ("none", "holds no tasks")])
+    ("short", "line 4 has 3 instructions, fewer than the 4"), ("none", "holds no tasks")])
 def test_a_bad_table_is_refused_with_its_place(tmp_path, spoil, expected):
     """Catches: a dialogue without its second turn evaluated as one of two turns, a traceback of the parser."""
     path = write_csv(tmp_path)
