@@ -145,16 +145,17 @@ def evaluate(editor, judge, tasks, K, T, seeds=(0,), batch=100, desc="eval", sho
     rewards, images = [], [None] * len(tasks)
     with tqdm(total=len(seeds) * len(tasks), desc=desc, unit="task", disable=not show) as bar:
         for seed in seeds:
-            rewards.append(torch.empty(len(tasks), K, len(judge.names)))
+            scores, order = [], []
             for places in by_size(tasks, batch):
                 part, r = [tasks[i] for i in places], []
                 trajectory = rollout(editor, part, 1, K, T, (seed, 0), task_rows=places.tolist(), keep=False,
                                      on_turn=lambda k, pictures: r.append(judge(part, pictures, k)))
-                rewards[-1][places] = torch.stack(r, 1).to(rewards[-1])
+                scores.append(torch.stack(r, 1)), order.append(places)
                 if seed == seeds[0]:
                     for i, pictures in zip(places, trajectory.images):
                         images[i] = pictures
                 bar.update(len(part))
+            rewards.append(torch.cat(scores)[torch.cat(order).argsort()])
     return torch.cat(rewards), images
 
 

@@ -330,13 +330,16 @@ def load(path, device="cpu", dtype=torch.float32, guidance=None, offload=False):
 # -------------------------------------------------------------------------------------------------------------- LoRA
 
 class LoRALinear(nn.Module):
-    """y = W x + (alpha / r) B A x: W frozen, A (r, in) and B (out, r) float32; B = 0 at the start, so nothing changes."""
+    """y = W x + (alpha / r) B A x: W frozen, A (r, in) and B (out, r) float32; B = 0 at the start, so nothing changes.
+
+    A ~ N(0, 1 / in): Adam moves all entries alike, and must not overwrite A, the directions that B learns in, within a few steps.
+    """
 
     def __init__(self, base, rank, alpha, generator=None):
         super().__init__()
         self.base, self.scale = base, alpha / rank
         device = base.weight.device
-        self.A = nn.Parameter((torch.randn(rank, base.in_features, generator=generator) / rank).to(device))
+        self.A = nn.Parameter((torch.randn(rank, base.in_features, generator=generator) / math.sqrt(base.in_features)).to(device))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
     def forward(self, x):
@@ -346,22 +349,23 @@ class LoRALinear(nn.Module):
 def add_lora(editor, rank, alpha=None, targets="all", seed=0):
     """Make the editor trainable: LoRA of `rank` on the target Linears, or the whole transformer if rank is 0.
 
-    `targets` is one of the family's lists (`lora_targets`), or ends of names separated by commas. Fills editor.trained and
-    the sets ref, old and ema with the weights as they are now. `alpha` defaults to 2 rank. ValueError if a target matches
-    no Linear.
+    `targets` is "every" for every Linear, one of the family's lists (`lora_targets`), or ends of names separated by commas.
+    Fills editor.trained and the sets ref, old and ema with the weights as they are now. `alpha` defaults to 2 rank.
+    ValueError if a target matches no Linear.
     """
     if rank == 0:
         editor.transformer.requires_grad_(True)
         editor.trained = dict(editor.transformer.named_parameters())
     else:
         generator = torch.Generator().manual_seed(seed)
-        targets = editor.lora_targets.get(targets) or targets.split(",")
         linears = [name for name, module in editor.transformer.named_modules() if isinstance(module, nn.Linear)]
-        for target in targets:
-            if not any(f".{name}".endswith(f".{target}") for name in linears):
-                raise ValueError(f"no Linear of {type(editor.transformer).__name__} is named like the LoRA target {target!r}")
+        ends = editor.lora_targets.get(targets) or targets.split(",")
+        found = {end: [name for name in linears if targets == "every" or f".{name}".endswith(f".{end}")] for end in ends}
+        for end, names in found.items():
+            if not names:
+                raise ValueError(f"no Linear of {type(editor.transformer).__name__} is named like the LoRA target {end!r}")
         for name in linears:
-            if f".{name}".endswith(tuple(f".{target}" for target in targets)):
+            if any(name in names for names in found.values()):
                 _wrap(editor, name, rank, 2 * rank if alpha is None else alpha, generator)
     editor.copy_weights("ref", "old", "ema")
     return editor

@@ -54,7 +54,7 @@ class Config:
     data: str = option("shapes", "'shapes' (embedded world), a JSONL file of tasks, or a CSV of EdiVal's form")
     images: str = option("", "folder of the pictures of such a CSV")
     resolution: int = option(512, "pictures of a file are scaled to an area of this squared, in pixels; their aspect ratio is kept")
-    steps: int = option(40, "training steps (rollouts)")
+    steps: int = option(60, "training steps (rollouts)")
     tasks: int = option(24, "B, tasks in a step, over all processes")
     group: int = option(8, "G, samples per task, at least 2")
     turns: int = option(3, "K, edits in a row")
@@ -65,18 +65,18 @@ class Config:
                                   "(Kontext), else true CFG, whose second forward 1 saves")
     aggregate: str = option("mean", "turn scores -> trajectory score", list(AGGREGATE))
     fuse: str = option("advantage", "where several rewards meet: as advantages or as raw rewards", ["advantage", "reward"])
-    spread: str = option("trajectory", "which advantage a turn gets: the trajectory's, its own, or that of the turns to go",
+    spread: str = option("turn", "which advantage a turn gets: the trajectory's, its own, or that of the turns to go",
                          ["trajectory", "turn", "togo"])
     weights: str = option("", "weight of each of the judge's rewards, comma-separated; empty = the judge's own")
     min_std: float = option(.05, "a group with less spread than this in a reward teaches nothing about it, in [0, 1]")
-    lora_rank: int = option(32, "rank of the LoRA; 0 = train the whole transformer")
+    lora_rank: int = option(64, "rank of the LoRA; 0 = train the whole transformer")
     lora_alpha: int = option(64, "scale of the LoRA, alpha / rank")
-    lora_targets: str = option("all", "which Linears get a LoRA: all, attention, or ends of their names separated by commas")
+    lora_targets: str = option("every", "which Linears get a LoRA: attention, all (the family's usual list), every (of the transformer), or ends of names, by commas")
     lr: float = option(4e-4, "learning rate of AdamW(.9, .999)")
     warmup: int = option(5, "steps over which the learning rate rises to --lr: Adam's first steps move every weight by all of it")
     weight_decay: float = option(1e-4, "weight decay of AdamW")
     grad_norm: float = option(1., "gradients are clipped to this norm")
-    ema: float = option(.95, "decay of the averaged weights, per update; evaluation and the saved LoRA use them")
+    ema: float = option(.97, "decay of the averaged weights, per update; evaluation and the saved LoRA use them")
     updates: int = option(2, "optimizer steps per rollout, each on its own part of the tasks; the first is exactly on-policy")
     micro: int = option(0, "rows in one forward, in rollout and update alike; 0 = all rows of an update")
     step_kind: str = option("cps", "stochastic step", ["cps", "sde"])
@@ -101,7 +101,8 @@ class Config:
 # flag > preset > default. Sources of the real editors' numbers: the published recipes of Flow-GRPO, DiffusionNFT and
 # Edit-R1, adapted to three turns; they are ours, not MT-EditFlow's, which are not public.
 REAL = dict(data="tasks.jsonl", judge="Qwen/Qwen2.5-VL-7B-Instruct", steps=300, tasks=32, group=12, eval_denoise=28, lora_rank=64,
-            lora_alpha=128, window=2, lr=1e-4, ema=.9, clip=1e-4, min_std=.02, micro=4, val_tasks=16, save_every=5)
+            lora_alpha=128, lora_targets="all", spread="trajectory", window=2, lr=1e-4, ema=.9, clip=1e-4, min_std=.02, micro=4,
+            val_tasks=16, save_every=5)
 REAL_NFT = dict(lora_rank=32, lora_alpha=64, updates=1, times=2, train_first=0, shared_noise=False, kl=1e-4)
 KONTEXT = REAL | dict(model="black-forest-labs/FLUX.1-Kontext-dev", denoise=8, guidance=2.5)
 KLEIN = REAL | dict(model="black-forest-labs/FLUX.2-klein-base-9B", denoise=10)
@@ -110,7 +111,7 @@ QWEN = REAL | dict(model="Qwen/Qwen-Image-Edit-2509", denoise=10, lora_targets="
 ONE_GPU = dict(tasks=4, group=8, offload=True)     # the other real presets are for eight: a step of theirs takes one GPU ten times as long
 PRESETS = {
     ("shapes", "grpo"): dict(),
-    ("shapes", "nft"): dict(lr=6e-4, updates=3, beta=.2, train_last=3, shared_noise=False),
+    ("shapes", "nft"): dict(updates=3, beta=.2, train_last=3, shared_noise=False),
     ("kontext", "grpo"): KONTEXT | dict(eta=.8, train_first=0, train_last=3),
     ("kontext", "nft"): KONTEXT | REAL_NFT | dict(lora_targets="attention", train_last=7),
     ("klein", "grpo"): KLEIN | dict(guidance=4., eta=.7, train_first=4, train_last=8, kl=1e-3),   # its shift leaves early steps no signal
@@ -178,6 +179,8 @@ def check(cfg, world):
                          f"{cfg.train_first} to --train-last {cfg.train_last}")
     if cfg.algo == "grpo" and (cfg.eta == 0 or (cfg.step_kind == "cps" and cfg.eta > 1)):
         raise ValueError(f"--eta {cfg.eta} must be greater than 0" + (" and at most 1 for cps" if cfg.step_kind == "cps" else ""))
+    if cfg.aggregate != "mean" and cfg.spread != "trajectory":
+        raise ValueError(f"--aggregate {cfg.aggregate} does nothing with --spread {cfg.spread}: give --spread trajectory")
     return local, rows, micro
 
 

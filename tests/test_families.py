@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import gpu_check
 import model
 import train
-from fixtures import PIPES, Judge, make_tasks, tiny_editor
+from fixtures import PIPES, Judge, make_tasks, move, tiny_editor
 from rollout import draw_noise, rollout, stack_images
 
 FAMILIES = pytest.mark.parametrize("family", PIPES)
@@ -252,10 +252,12 @@ def edit(editor, size=(64, 80)):
 
 
 @FAMILIES
-def test_a_saved_lora_draws_the_same_picture_in_the_familys_own_pipeline(family, tmp_path, monkeypatch):
+@pytest.mark.parametrize("targets", ["all", "every"])
+def test_a_saved_lora_draws_the_same_picture_in_the_familys_own_pipeline(family, targets, tmp_path, monkeypatch):
     """Catches: a file that diffusers loads without error and without effect, or in part: fused layers left out."""
     pytest.importorskip("peft")
-    editor, size = tiny_editor(family, PIPES[family](), rank=4, moved=.1), (64, 80)
+    editor, size = model.add_lora(tiny_editor(family, PIPES[family]()), 4, targets=targets), (64, 80)
+    move(editor, .1 if targets == "all" else .03)
     model.save_weights(editor, tmp_path)
     ours = edit(editor)
     pipe, noise = PIPES[family](), draw_noise(editor.latent_shape(size), 3, 0, 0, 0, 0)

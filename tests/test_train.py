@@ -593,13 +593,6 @@ def test_a_flag_wins_over_a_preset_over_a_default():
         assert train.parse(chosen + ["--shared-noise", "false"]).shared_noise is False
 
 
-@pytest.mark.parametrize("preset", ["shapes", "kontext"])
-@ALGOS
-def test_every_preset_is_possible(preset, algo):
-    """Catches: a preset that the program itself refuses."""
-    train.check(train.parse(["--algo", algo, "--preset", preset]), 1)
-
-
 def test_whole_groups_live_on_one_process():
     """Catches: ranks with unequal work, which hang in the next all-reduce."""
     cfg = config(tasks=4)
@@ -623,6 +616,7 @@ IMPOSSIBLE = {      # what is typed, what the one line must say
     "micro does not divide": (dict(micro=3), "--micro 3 .*4 rows"),
     "updates do not divide": (dict(updates=3), "--updates 3 .*4 tasks"),
     "times beyond the grid": (dict(algo="nft", times=4), "--times 4 .* 3 steps"),
+    "aggregate without effect": (dict(aggregate="min", spread="togo"), "--aggregate min .*--spread togo.*trajectory"),
     "learning rate": (dict(lr=-1), "--lr -1.*greater than 0"),
     "weights of wrong count": (dict(weights="1,2"), "--weights '1,2' .* 3 .*numbers.*following, consistency, success"),
     "weights all zero": (dict(weights="0,0,0"), "--weights '0,0,0' .*not all 0"),
