@@ -13,6 +13,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,34 @@ def load_shapes(split, K, n, start=0):
             for picture, (instructions, kinds, scenes) in zip(pictures, dialogues)]
 
 
+def alone(task, k):
+    """Instruction k of a task on a clean context, as a task of one turn: what the exposure-bias gap compares with.
+
+    Embedded world: the rendered scene expected before turn k. Photographs: the original picture, and None where the
+    instruction speaks of what an earlier one made.
+    """
+    words = dict(instructions=[task.instructions[k]], kinds=[task.kinds[k]])
+    if "scenes" in task.meta:
+        from shapes import world
+        scenes = task.meta["scenes"][k:k + 2]
+        return Task(Image.fromarray(world.render(scenes[:1])[0]), **words, meta={"scenes": scenes})
+    dependent = task.meta["dependent"][k] if "dependent" in task.meta else _speaks_of_earlier(task, k)
+    return None if dependent else Task(task.image, **words, meta={name: task.meta[name] for name in ("index", "where") if name in task.meta})
+
+
+_USUAL = set("""add make change turn replace remove delete take away move place put swap paint color colour background material
+    position count text image picture photo scene with from into onto that this the and for left right above below under over near next
+    behind front side have keep them their its more red blue green yellow black white brown gray grey pink orange purple wooden wood metal
+    plastic glass leather fabric dark light large small""".split())
+_MAKES = ("", "subject_add", "subject_replace", "color_alter", "material_alter")     # kinds after which something has another name
+
+
+def _speaks_of_earlier(task, k):
+    """Cautious, where no list of objects says it: does instruction k share a word with an earlier one that made something?"""
+    words = lambda text: {w.rstrip("s") for w in re.findall(r"\w{3,}", text.lower())} - _USUAL
+    return any(words(task.instructions[k]) & words(task.instructions[j]) for j in range(k) if task.kinds[j] in _MAKES)
+
+
 # Both readers give tasks whose image is still a path: only pictures of the split asked for are read.
 
 def read_jsonl(path, K):
@@ -83,16 +112,19 @@ def read_jsonl(path, K):
 def read_edival(path, K, images):
     """Tasks of a CSV in the form of EdiVal's instruction generator: a row for each (image_index, turns), the last one counts.
 
-    `images` holds the pictures, named INDEX_input_raw or INDEX with any suffix. List columns are Python literals. What else
-    the last row says (format_instructions, unchanged_objects, ...) is in meta, for judges that want it.
+    `images` holds the pictures, named INDEX_input_raw or INDEX with any suffix; None: tasks without pictures. List columns
+    are Python literals. What else the last row says (format_instructions, unchanged_objects, ...) is in meta, for judges that
+    want it; of every turn there are `background_kept`: False from a background change on, where EdiVal has no consistency;
+    `objects_kept`: the objects that should be unchanged so far; `dependent`: does it name what an earlier turn made?
+    ValueError if a dialogue has the rows of some turns only.
     """
-    if not images or not Path(images).is_dir():
+    if images is not None and not (images and Path(images).is_dir()):
         raise ValueError(f"--data {path} needs --images, the folder of its pictures" + (f"; {images} is no folder" if images else ""))
     files = {}
-    for file in sorted(Path(images).iterdir()):
+    for file in sorted(Path(images).iterdir()) if images else []:
         files.setdefault(file.stem.removesuffix("_input_raw"), file)
     with open(path, newline="", encoding="utf-8-sig") as file:
-        reader, last = csv.DictReader(file), {}
+        reader, dialogues = csv.DictReader(file), {}
         missing = {"image_index", "turns", "task_type", "instructions"} - set(reader.fieldnames or [])
         if missing:
             raise ValueError(f"{path} is no CSV of EdiVal's form: it has no column {', '.join(sorted(missing))}")
@@ -100,19 +132,39 @@ def read_edival(path, K, images):
             where = f"{path} line {reader.line_num}"
             try:
                 row = {name: literal(value or "") for name, value in row.items() if name} | {"where": where}
-                if int(row["turns"]) >= int(last.get(row["image_index"], row)["turns"]):
-                    last[row["image_index"]] = row
+                dialogues.setdefault(row["image_index"], {})[int(row["turns"])] = row
             except (ValueError, SyntaxError) as error:
                 raise ValueError(f"{where} cannot be read: {error}") from None
     tasks = []
-    for index, row in last.items():
+    for index, turns in dialogues.items():
+        row = turns[max(turns)]
         check_strings(row["instructions"], row["where"], K)
         if not isinstance(row["task_type"], list) or len(row["task_type"]) != len(row["instructions"]):
             raise ValueError(f'{row["where"]}: "task_type" must be a list of {len(row["instructions"])} names, one for each instruction')
-        if index not in files:
+        if images is not None and index not in files:
             raise ValueError(f"{row['where']}: --images {images} holds no {index}_input_raw.* and no {index}.*")
-        tasks.append(Task(files[index], row["instructions"], row["task_type"], row))
+        if len(turns) > 1 and sorted(turns) != list(range(1, max(turns) + 1)):
+            raise ValueError(f"{row['where']}: dialogue {index} has turns {sorted(turns)}, expected 1 to {max(turns)} without a hole")
+        meta = row | {"index": int(index) if index.isdigit() else index} | by_turn([turns[k] for k in sorted(turns)])
+        tasks.append(Task(files.get(index), row["instructions"], row["task_type"], meta))
     return tasks
+
+
+def by_turn(rows):
+    """What the rows of one dialogue say of each turn: see `read_edival`; {} for a dialogue of one row, or without these columns."""
+    if len(rows) < len(rows[-1]["instructions"]) or not {"bg_consistency", "unchanged_objects", "all_objects",
+                                                         "format_instructions"} <= rows[0].keys():
+        return {}
+    made, dependent = [], []
+    for k, row in enumerate(rows):
+        named = " | ".join(re.findall(r"\[([^\]]*)\]", row["format_instructions"][k]))
+        dependent.append(any(re.search(rf"\b{re.escape(name)}\b", named) for name in made))
+        if k:
+            made += [name for name in row["all_objects"] if name not in rows[k - 1]["all_objects"]]
+        elif row["task_type"][0] in ("subject_add", "subject_replace", "color_alter", "material_alter"):
+            made += row["all_objects"][-1:]                  # the untouched picture's list is not in the file; new names come last
+    return {"background_kept": [row["bg_consistency"] for row in rows], "objects_kept": [row["unchanged_objects"] for row in rows],
+            "dependent": dependent}
 
 
 def literal(value):

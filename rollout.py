@@ -92,14 +92,15 @@ def timed(seconds, name, device):
 
 @torch.no_grad()
 def rollout(editor, tasks, G, K, T, seed, eta=0., kind="cps", window=0, start=0, shared_noise=False, task_rows=None,
-            micro=None, on_turn=None, keep=True):
+            micro=None, on_turn=None, keep=True, start_noise=None):
     """Sample G trajectories of K turns for each task, with the weights that the editor has now -> Trajectory.
 
     Steps start .. start+window-1 are stochastic (`eta`, `kind`), all others, the last one always, are Euler; window = 0 is
     plain Euler throughout. `seed` is a tuple of integers (run seed, step). `shared_noise`: the rows of a group start each
     turn from the same noise. `task_rows`: rows of these tasks in the whole step, over all processes. `micro`: rows
     in one forward. `on_turn(k, images)` is called after each turn with images (S, k+2, 3, H, W). `keep=False` leaves
-    latents out of the trajectory (evaluation). ValueError if the window does not fit before the last step.
+    latents out of the trajectory (evaluation). `start_noise(shape, task row, turn)` replaces the noise that a turn starts
+    from. ValueError if the window does not fit before the last step.
     """
     if window and not 0 <= start <= T - 1 - window:
         raise ValueError(f"window of {window} steps from step {start} must end before the last of {T} steps, which is Euler")
@@ -123,7 +124,8 @@ def rollout(editor, tasks, G, K, T, seed, eta=0., kind="cps", window=0, start=0,
                 first, place = (rows - rows % G if k == 0 else rows).unique(return_inverse=True)   # a task's samples share their source
                 context = editor.encode(images[first, k])[place]
             rows_cond = cond_rows(cond, rows, device)
-            x = torch.stack([draw_noise((N, C), *seed, b, 0 if shared_noise else g, k, 0) for b, g in row_keys]).to(device)
+            x = torch.stack([start_noise((N, C), b, k) if start_noise else draw_noise((N, C), *seed, b, 0 if shared_noise else g, k, 0)
+                             for b, g in row_keys]).to(device)
             xs, logp = [], []
             with timed(seconds, "velocity", device):
                 for i in range(T):

@@ -488,7 +488,8 @@ def test_training_end_to_end(end_to_end, algo, processes):
     table = done.stdout[done.stdout.index("4 validation tasks"):]
     assert len(re.findall(r"^ +[12]  (M|IF|CC|O) .*\[.*\]", table, re.M)) == 8 and "base" in table and "tuned" in table
     result = json.loads((out / "validation.json").read_text())
-    assert len(result["base"]["O"]) == len(result["tuned"]["O"]) == K and result["base"] != result["tuned"]
+    base, tuned = result["arms"]["base"], result["arms"]["tuned"]
+    assert len(base["O"]) == len(tuned["O"]) == K and base != tuned
 
 
 @ALGOS
