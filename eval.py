@@ -181,7 +181,10 @@ def main():
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
     tasks = data.load(spec, args.split, K, (config.get("height", 512), config.get("width", 512)), args.tasks)
-    judge = reward.load(args.judge or ("exact" if spec == "shapes" else config.get("judge", "exact")), device)
+    options = {}                                             # how the run asked its judge
+    if not args.judge and spec != "shapes":
+        options = {name: config[name] for name in reward.OPTIONS if name in config}
+    judge = reward.load(args.judge or ("exact" if spec == "shapes" else config.get("judge", "exact")), device, **options)
     judge.check(tasks)
     editor = model.load(args.model or config["model"], device, dtype, config.get("guidance", 2.5))
     arms, images = {}, {}

@@ -46,7 +46,7 @@ def config(out="unused", algo="grpo", **changes):
 def judge(monkeypatch):
     """A cheap judge in place of the exact one, and 64 tasks to choose from; set judge.edit to spoil its rewards."""
     judge, plain = Judge(), train.data.load
-    monkeypatch.setattr(reward, "load", lambda *_: judge)
+    monkeypatch.setattr(reward, "load", lambda *_, **__: judge)
     monkeypatch.setattr(train.data, "load", lambda *args: plain(*args[:4], limit=64))
     return judge
 
