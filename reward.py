@@ -43,12 +43,12 @@ RUBRICS = {
         "following": 'Picture 1 was edited into picture 2. The instruction was: "{instruction}". Was exactly this done, '
                      "completely and cleanly?",
         "consistency": "Picture 1 is the original, picture 2 was edited into picture 3. The instructions so far, the last one "
-                       "is this edit's:\n{instructions}\nIs all that they do not ask for unchanged and as sharp as before?"},
+                       "for this edit:\n{instructions}\nIs everything that they do not ask for unchanged, and as sharp as before?"},
     "trajectory": {
         "following": "Picture 1 was edited into picture 2, in steps. The instructions were:\n{instructions}\nWas exactly this "
                      "done, completely and cleanly?",
-        "consistency": "Picture 1 was edited into picture 2, in steps. The instructions were:\n{instructions}\nIs all that they "
-                       "do not ask for unchanged and as sharp as before?"}}
+        "consistency": "Picture 1 was edited into picture 2, in steps. The instructions were:\n{instructions}\nIs everything "
+                       "that they do not ask for unchanged, and as sharp as before?"}}
 DIGIT = "Answer with one digit from 0 (not at all) to 9 (perfectly)."
 ANSWERS = {"logits": DIGIT, "direct": DIGIT,
            "think": 'Say what you see. Then end with the score from 0 (not at all) to 9 (perfectly) as JSON: {"score": N}'}
@@ -76,24 +76,21 @@ def load(spec, device="cpu", rubric="", scoring="turn", reasoning="logits", vote
     specs = [part.strip() for part in spec.split(",")]
     told = dict(rubric=rubric, scoring=scoring, reasoning=reasoning, votes=votes, temperature=temperature, judge_cache=judge_cache)
     spare = [f"--{n} {v}".replace("_", "-") for n, v in told.items() if v != inspect.signature(load).parameters[n].default]
-    if set(specs) == {"exact"} and spare:
-        raise ValueError(f"{spare[0]} is for vision-language models; --judge {spec} has none")
-    if "exact" in specs and scoring == "trajectory":
-        raise ValueError(f"--scoring trajectory: the exact judge of --judge {spec} scores turns")
-    for name, choices in (("scoring", RUBRICS), ("reasoning", ANSWERS)):
-        if told[name] not in choices:
-            raise ValueError(f"--{name} {told[name]} is none of {', '.join(choices)}")
-    for name, value, low in (("votes", votes, 1), ("temperature", temperature, 0), ("judge-workers", judge_workers, 1)):
-        if not low <= value < math.inf:
-            raise ValueError(f"--{name} {value} must be at least {low}")
-    if not 0 < judge_timeout < math.inf:
-        raise ValueError(f"--judge-timeout {judge_timeout} must be greater than 0")
-    if reasoning == "logits" and (votes > 1 or temperature > 0):
-        raise ValueError(f"--votes {votes} and --temperature {temperature} must be 1 and 0 with --reasoning logits, which draws nothing")
-    if votes > 1 and temperature == 0:
-        raise ValueError(f"--votes {votes} at --temperature {temperature} would all be equal")
-    if judge_cache and temperature > 0:
-        raise ValueError(f"--judge-cache {judge_cache} is for deterministic scores, not for --temperature {temperature}")
+    for words, wrong in {
+            f"{' '.join(spare)} is for vision-language models; --judge {spec} has none": spare and set(specs) == {"exact"},
+            f"--scoring trajectory: the exact judge of --judge {spec} scores turns": scoring == "trajectory" and "exact" in specs,
+            f"--scoring {scoring} is none of {', '.join(RUBRICS)}": scoring not in RUBRICS,
+            f"--reasoning {reasoning} is none of {', '.join(ANSWERS)}": reasoning not in ANSWERS,
+            f"--votes {votes} must be at least 1": votes < 1,
+            f"--temperature {temperature} must be at least 0": not 0 <= temperature < math.inf,
+            f"--judge-workers {judge_workers} must be at least 1": judge_workers < 1,
+            f"--judge-timeout {judge_timeout} must be greater than 0": not 0 < judge_timeout < math.inf,
+            f"--votes {votes} and --temperature {temperature} must be 1 and 0 with --reasoning logits, which draws nothing":
+                reasoning == "logits" and (votes > 1 or temperature > 0),
+            f"--votes {votes} at --temperature {temperature} would all be equal": votes > 1 and temperature == 0,
+            f"--judge-cache {judge_cache} is for deterministic scores, not for --temperature {temperature}": judge_cache and temperature > 0}.items():
+        if wrong:
+            raise ValueError(words)
     options = dict(rubrics=read_rubrics(rubric, scoring), scoring=scoring, reasoning=reasoning, votes=votes, temperature=temperature,
                    workers=judge_workers, cache=Cache(judge_cache) if judge_cache else None)
     judges = [ExactJudge() if s == "exact" else ServedJudge(s, judge_timeout, **options) if re.match("https?://", s) else
@@ -292,7 +289,7 @@ class LocalJudge(VLMJudge):
             texts = [text.rstrip() + "\n\n</think>\n\n" for text in texts]
         bos = self.tokenizer.bos_token                     # many templates write it already: twice would be another prompt
         inputs = self.processor(images=[[Image.fromarray(x.permute(1, 2, 0).numpy()) for x in p] for p, _ in prompts], text=texts, padding=True,
-                                return_tensors="pt", add_special_tokens=not (bos and texts[0].startswith(bos))).to(self.model.device)
+                                return_tensors="pt", add_special_tokens=not (bos and texts[0].startswith(bos))).to(self.model.device, self.model.dtype)
         if self.reasoning == "logits":
             logits = self.model(**inputs, **self.keep).logits[:, -1].float()
             return [self.expect(p) for p in logits.softmax(-1)[:, self.digits].tolist()]
@@ -310,13 +307,13 @@ class ServedJudge(VLMJudge):
     def __init__(self, spec, timeout, **options):
         url, _, self.model = spec.partition("#")
         self.url, self.timeout, self.key, self.streak = url.rstrip("/"), timeout, os.environ.get("OPENAI_API_KEY", ""), 0
-        super().__init__(spec, None, **options)
+        super().__init__(self.url, self.model, **options)
         try:                                                # a question now, rather than an hour into the run
             if not self.model:
                 served = [model["id"] for model in self.call("/models")["data"]]
                 if len(served) != 1:
                     raise ValueError(f"--judge {spec} serves {', '.join(served) or 'no model'}: name one as {url}#MODEL")
-                self.model = served[0]
+                self.model = self.version = served[0]
             grey = torch.full((3, 3, 64, 64), 128, dtype=torch.uint8)
             choice = self.complete(self.prompt("following", grey, ["Nothing"]), 0, 1)
         except (Failed, LookupError, TypeError) as error:
@@ -410,8 +407,10 @@ class Cache:
 
 
 def main():
-    from eval import Parser
-    parser = Parser(description="Score one edit by a vision-language model and print what it says.")
+    def refuse(message):
+        raise ValueError(message)
+    parser = argparse.ArgumentParser(description="Score one edit by a vision-language model and print what it says.")
+    parser.error = refuse
     for name, default, help in (("judge", None, "folder, hub id, or http://host:port/v1#model; several by commas"),
                                 ("rubric", "", "JSON file of prompts in place of the built-in ones"), ("scoring", "turn", "turn or trajectory"),
                                 ("reasoning", "logits", "logits, direct or think"), ("votes", 1, "answers averaged"),

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 import time
 from pathlib import Path
 
@@ -294,7 +295,7 @@ def edits(work, part, split, start, n):
     import data
     import model
     from rollout import rollout
-    tasks, file = data.load_shapes(split, 3, n, start), work / f"edits-{part}-{split}-{start}.pt"
+    tasks, file = data.load_shapes(split, 3, n, start), work / f"edits-{part}-{split}-{start}-{n}.pt"
     if not file.exists():
         if part == "editor":
             editor, images, rng = model.load(str(HERE / "editor")), [], random.Random(start)
@@ -354,19 +355,21 @@ def look(tasks, images):
 
 def build_judge():
     """The untrained judge, a LLaVA whose image tokens are the cells of the grid, and its processor with a tokenizer of words."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    texts = [text for instructions, _, _ in world.dialogues("train", 5000, 3) for text in instructions]
-    texts += [text for rubrics in reward.RUBRICS.values() for text in rubrics.values()] + list(reward.ANSWERS.values())
+    asked = [text for rubrics in reward.RUBRICS.values() for text in rubrics.values()] + list(reward.ANSWERS.values())
+    phrases = sorted({part.strip() for text in asked for part in re.split("{instructions?}", text)})        # one token each: half the work
+    texts = asked + [text for instructions, _, _ in world.dialogues("train", 5000, 3) for text in instructions]
     texts += ["wanted seen nothing blur sharp soft bad changed background", *map(describe, world.CONTENTS), *world.PLACES, *world.BACKGROUNDS]
-    split = pre_tokenizers.Split(__import__("tokenizers").Regex(r"[^\w<>/]+"), "removed")
+    split = pre_tokenizers.Split(Regex(r"[^\w<>/]+"), "removed")
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text.lower())} - set("0123456789"))
     words = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "<answer>", *"0123456789", THINK, "}", *words]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), split
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
                                         additional_special_tokens=["<image>", "<answer>"], padding_side="left")
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     pictures = CLIPImageProcessorPil(size={"height": world.SIZE, "width": world.SIZE}, do_center_crop=False,
                                      image_mean=[.5] * 3, image_std=[.5] * 3)
     template = ("{{ bos_token }}{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"
@@ -379,9 +382,9 @@ def build_judge():
         vision_config=dict(model_type="clip_vision_model", hidden_size=192, intermediate_size=768, num_hidden_layers=1, num_attention_heads=6,
                            image_size=world.SIZE, patch_size=world.CELL, projection_dim=192),
         text_config=dict(model_type="llama", hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                         vocab_size=len(words), max_position_embeddings=512, pad_token_id=0, bos_token_id=2, eos_token_id=3),
+                         vocab_size=len(tokenizer), max_position_embeddings=512, pad_token_id=0, bos_token_id=2, eos_token_id=3),
         vision_feature_layer=-1, image_seq_length=9, image_token_id=words.index("<image>"), pad_token_id=0, eos_token_id=3))
-    model.generation_config.update(pad_token_id=0, bos_token_id=2, eos_token_id=3)
+    model.generation_config.update(pad_token_id=0, bos_token_id=2, eos_token_id=3, do_sample=True)
     return model, processor
 
 
@@ -428,6 +431,7 @@ def train_judge(work, steps, batch=32, lr=2e-3, dialogues=4000):
     goes by before the vision tower has found out what there is to see.
     """
     model, processor = build_judge()
+    model.set_attn_implementation("eager")                     # a third faster than the others, backward on a CPU in bfloat16
     tokenizer = processor.tokenizer
     parts = []
     for part, start in [(part, 2 * 10 ** 6 + start) for start in range(0, dialogues, 500) for part in ("editor", "botched")]:
@@ -526,7 +530,7 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("out/pretrain"), help="folder of checkpoints and cached pictures")
     parser.add_argument("--vae-steps", type=int, default=5000, help="steps of the VAE, 16 pictures each")
     parser.add_argument("--flow-steps", type=int, default=660, help="steps of the editor, 128 edits each; more make a better base")
-    parser.add_argument("--judge-steps", type=int, default=1600, help="steps of the judge, 128 questions each")
+    parser.add_argument("--judge-steps", type=int, default=2000, help="steps of the judge, 128 questions each")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     start, out = time.perf_counter(), args.out or HERE / ("editor" if args.only == "editor" else "judge")
