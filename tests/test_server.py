@@ -63,6 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
+        self.server.headers.append(self.headers)
         self.reply(json.dumps({"data": [{"id": name} for name in self.server.models]}).encode())
 
     def do_POST(self):
@@ -194,7 +195,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(monkeypatch, capsys, tmp_pa
         moved = f"HTTP/1.0 302 Found\r\nLocation: http://127.0.0.1:{other.server_port}/v1/models\r\n\r\n".encode()
         server.spoil = lambda *_: moved
         scores(judge, prompts(1, seed=2))
-        assert all(KEY not in str(h) for h in other.headers)
+        assert other.headers and all(KEY not in str(h) for h in other.headers)
 
 
 # -------------------------------------------------------------------------------------------------------- what goes wrong
