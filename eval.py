@@ -23,25 +23,28 @@ from tqdm import tqdm
 import data
 import model
 import reward
-from rollout import rollout
+from rollout import by_size, rollout
 
 METRICS = ("M", "IF", "CC", "O")
 
 
 def evaluate(editor, judge, tasks, K, T, seeds=(0,), batch=100, desc="eval", show=True):
-    """Sample every task once per seed and judge all turns: r (n_seeds * n, K, M) and images (n, K+1, 3, H, W) of seed 0."""
-    rewards, images = [], []
+    """Sample every task once per seed and judge all turns: r (n_seeds * n, K, M) and n images (K+1, 3, H, W) of seed 0."""
+    rewards, images = [], [None] * len(tasks)
     with tqdm(total=len(seeds) * len(tasks), desc=desc, unit="task", disable=not show) as bar:
         for seed in seeds:
-            for first in range(0, len(tasks), batch):
-                part, r = tasks[first:first + batch], []
-                trajectory = rollout(editor, part, 1, K, T, (seed, 0), task_rows=range(first, first + len(part)), keep=False,
+            scores, order = [], []
+            for places in by_size(tasks, batch):
+                part, r = [tasks[i] for i in places], []
+                trajectory = rollout(editor, part, 1, K, T, (seed, 0), task_rows=places.tolist(), keep=False,
                                      on_turn=lambda k, pictures: r.append(judge(part, pictures, k)))
-                rewards.append(torch.stack(r, 1))
+                scores.append(torch.stack(r, 1)), order.append(places)
                 if seed == seeds[0]:
-                    images.append(trajectory.images)
+                    for i, pictures in zip(places, trajectory.images):
+                        images[i] = pictures
                 bar.update(len(part))
-    return torch.cat(rewards), torch.cat(images)
+            rewards.append(torch.cat(scores)[torch.cat(order).argsort()])
+    return torch.cat(rewards), images
 
 
 def successes(r, names):
@@ -103,14 +106,15 @@ def table(result):
 
 def contact_sheet(rows, path, width=144):
     """Draw rows (label, images (K+1, 3, H, W) uint8, captions of the K turns, good: K bools or None) as one PNG."""
-    font, K, H = ImageFont.load_default(11), len(rows[0][1]) - 1, rows[0][1].shape[2] * width // rows[0][1].shape[3]
+    font, K = ImageFont.load_default(11), len(rows[0][1]) - 1
     columns = width // 6                                                               # characters in a line of caption
     texts = [[textwrap.wrap(label, columns)] + [sum((textwrap.wrap(part, columns) for part in c.split("\n")), []) for c in captions]
              for label, _, captions, _ in rows]
-    heights = [H + 14 + 13 * max(map(len, text)) for text in texts]
+    tall = [images.shape[2] * width // images.shape[3] for _, images, _, _ in rows]
+    heights = [H + 14 + 13 * max(map(len, text)) for H, text in zip(tall, texts)]
     sheet = Image.new("RGB", ((K + 1) * (width + 10) + 10, sum(heights) + 10), "white")
     draw, y = ImageDraw.Draw(sheet), 10
-    for (_, images, _, good), text, height in zip(rows, texts, heights):
+    for (_, images, _, good), text, H, height in zip(rows, texts, tall, heights):
         for k in range(K + 1):
             x = 10 + k * (width + 10)
             picture = Image.fromarray(images[k].permute(1, 2, 0).numpy())
@@ -124,7 +128,7 @@ def contact_sheet(rows, path, width=144):
 
 
 def draw_arms(tasks, images, success, path, n=6):
-    """Contact sheet of up to n tasks, one row for each arm: images {arm: (n, K+1, 3, H, W)}, success {arm: (n, K)}.
+    """Contact sheet of up to n tasks, one row for each arm: images {arm: n of (K+1, 3, H, W)}, success {arm: (n, K)}.
 
     Shows the first tasks in which the arms differ at the last turn, else the first tasks.
     """
@@ -132,7 +136,7 @@ def draw_arms(tasks, images, success, path, n=6):
     order = range(len(tasks))
     if len(arms) == 2:
         order = sorted(order, key=lambda i: bool((success[arms[0]][i] == success[arms[1]][i]).all()))
-    contact_sheet([(f"{arm}", images[arm][i], [f"{k + 1}. {text}" for k, text in enumerate(tasks[i].instructions[:images[arm].shape[1] - 1])],
+    contact_sheet([(f"{arm}", images[arm][i], [f"{k + 1}. {text}" for k, text in enumerate(tasks[i].instructions[:len(images[arm][i]) - 1])],
                     success[arm][i] > 0) for i in list(order)[:n] for arm in arms], path)
 
 
@@ -148,14 +152,19 @@ def main():
     parser.add_argument("--run", type=Path, help="folder of a training run: its model, data, turns and steps, base against tuned")
     parser.add_argument("--model", help="editor: a folder or hub id; needed without --run")
     parser.add_argument("--lora", type=Path, help="LoRA file or folder to compare with the base")
-    parser.add_argument("--data", help="'shapes' or a JSONL file (default: the run's, else shapes)")
-    parser.add_argument("--split", default="test", choices=["train", "val", "test"])
+    parser.add_argument("--data", help="'shapes', a JSONL file or a CSV of EdiVal's form (default: the run's, else shapes)")
+    parser.add_argument("--images", help="folder of the pictures of such a CSV (default: the run's)")
+    parser.add_argument("--split", choices=["train", "val", "test", "all"],
+                        help="default: test of the embedded world; of the file that the run trained on val, of any other file all")
+    parser.add_argument("--resolution", type=int, help="pictures are scaled to this area, squared, in pixels (default: the run's, else 512)")
+    parser.add_argument("--guidance", type=float, help="guidance of both arms (default: the run's, else the family's own)")
+    parser.add_argument("--offload", action="store_true", help="text encoders are on the GPU only while they work")
     parser.add_argument("--judge", help="'exact' or a VLM (default: exact for the embedded world, else the run's)")
     parser.add_argument("--tasks", type=int, default=500, help="number of tasks, at least 1")
     parser.add_argument("--turns", type=int, help="K, edits in a row (default: the run's, else 3)")
     parser.add_argument("--denoise", type=int, help="T, denoising steps per turn (default: the run's --eval-denoise, else 8)")
     parser.add_argument("--seeds", type=int, default=1, help="noise seeds per task, pooled")
-    parser.add_argument("--batch", type=int, default=100, help="tasks in one forward")
+    parser.add_argument("--batch", type=int, help="tasks in one forward (default: 100 of the embedded world, 4 of a file)")
     parser.add_argument("--out", type=Path, help="where results.json and the contact sheet go (default: RUN/eval, else out/eval)")
     args = parser.parse_args()
 
@@ -168,37 +177,43 @@ def main():
         config = json.loads((args.run / "config.json").read_text())
     elif not args.model:
         raise ValueError("give --run DIR or --model X")
-    for name in ("tasks", "seeds", "batch", "turns", "denoise"):
+    for name in ("tasks", "seeds", "batch", "turns", "denoise", "resolution"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
     spec = args.data or config.get("data", "shapes")
     K, T = args.turns or config.get("turns", 3), args.denoise or config.get("eval_denoise", 8)
+    split = args.split or ("test" if spec == "shapes" else "val" if spec == config.get("data") else "all")
+    resolution, batch = args.resolution or config.get("resolution", 512), args.batch or (100 if spec == "shapes" else 4)
+    guidance = config.get("guidance") if args.guidance is None else args.guidance
     lora, out = args.run or args.lora, args.out or (args.run / "eval" if args.run else Path("out/eval"))
     if lora:
         model.find_weights(lora)                             # refuse before the base is evaluated
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
-    tasks = data.load(spec, args.split, K, (config.get("height", 512), config.get("width", 512)), args.tasks)
+    tasks = data.load(spec, split, K, resolution, args.tasks, images=args.images or config.get("images", ""))
+    if not tasks:
+        raise ValueError(f"--split {split} of {spec} is empty")
     options = {}                                             # how the run asked its judge
     if not args.judge and spec != "shapes":
         options = {name: config[name] for name in reward.OPTIONS if name in config}
     judge = reward.load(args.judge or ("exact" if spec == "shapes" else config.get("judge", "exact")), device, **options)
     judge.check(tasks)
-    editor = model.load(args.model or config["model"], device, dtype, config.get("guidance", 2.5))
+    editor = model.load(args.model or config["model"], device, dtype, guidance, args.offload or config.get("offload", False))
     arms, images = {}, {}
     for arm in ["base", "tuned"] if lora else ["base"]:
         if arm == "tuned":
             model.load_weights(editor, lora)
-        arms[arm], images[arm] = evaluate(editor, judge, tasks, K, T, range(args.seeds), args.batch, arm)
+        arms[arm], images[arm] = evaluate(editor, judge, tasks, K, T, range(args.seeds), batch, arm)
 
-    result = {"model": args.model or config["model"], "lora": str(lora) if lora else None, "data": spec, "split": args.split,
+    result = {"model": args.model or config["model"], "lora": str(lora) if lora else None, "data": spec, "split": split,
+              "guidance": editor.guidance,
               "tasks": len(tasks), "seeds": args.seeds, "turns": K, "denoise": T} | report(arms, judge.names, len(tasks))
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(result, indent=1))
     draw_arms(tasks, images, {arm: successes(r, judge.names)[:len(tasks)] for arm, r in arms.items()}, out / "contact_sheet.png")
-    print(f"{len(tasks)} {args.split} tasks x {args.seeds} seeds, T = {T}\n{table({a: result[a] for a in [*arms, 'difference_95'] if a in result})}")
+    print(f"{len(tasks)} {split} tasks x {args.seeds} seeds, T = {T}\n{table({a: result[a] for a in [*arms, 'difference_95'] if a in result})}")
     print(f"written: {out / 'results.json'}, {out / 'contact_sheet.png'}")
 
 

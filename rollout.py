@@ -42,12 +42,18 @@ class Trajectory:
     t: torch.Tensor                   # (T+1,) 1 -> 0
     cond: list                        # K pairs: {name: tensor (n, ...)}, index (S,) into them
     group: torch.Tensor               # (S,) int64 task row; nothing is ever grouped by its text
+    rows: torch.Tensor                # (S,) int64 rows of the step that these are; 0 .. S-1 unless its pictures differ in size
     seconds: dict                     # where the time went: text, vae, velocity
 
     def cond_rows(self, k, rows, device):
         """The conditioning of some rows at turn k: {name: tensor (len(rows), ...)}."""
-        tensors, index = self.cond[k]
-        return {name: value[index[rows].to(value.device)].to(device) for name, value in tensors.items()}
+        return cond_rows(self.cond[k], rows, device)
+
+
+def cond_rows(cond, rows, device):
+    """Some rows of what editor.condition() returned: {name: tensor (len(rows), ...)}."""
+    tensors, index = cond
+    return {name: value[index[rows]].to(device) for name, value in tensors.items()}
 
 
 def draw_noise(shape, *key):
@@ -62,8 +68,16 @@ def draw_noise(shape, *key):
 def stack_images(tasks):
     """Source pictures of tasks: (n, 3, H, W) uint8. ValueError if their sizes differ."""
     if len({task.image.size for task in tasks}) > 1:
-        raise ValueError(f"pictures of one step must have one size, got {sorted({task.image.size for task in tasks})}")
+        raise ValueError(f"pictures of one rollout must have one size, got {sorted({task.image.size for task in tasks})}")
     return torch.from_numpy(np.stack([np.array(task.image.convert("RGB")) for task in tasks])).permute(0, 3, 1, 2)
+
+
+def by_size(tasks, most=None):
+    """Places of tasks whose pictures have one size, in order, at most `most` together: a list of index tensors."""
+    places = {}
+    for place, task in enumerate(tasks):
+        places.setdefault(task.image.size, []).append(place)
+    return [part for all_ in places.values() for part in torch.tensor(all_).split(most or len(tasks))]
 
 
 @contextmanager
@@ -107,7 +121,7 @@ def rollout(editor, tasks, G, K, T, seed, eta=0., kind="cps", window=0, start=0,
             row_keys = [(task_rows[s // G] if task_rows else s // G, s % G) for s in rows.tolist()]
             with timed(seconds, "vae", device):
                 context = editor.encode(images[rows, k])
-            rows_cond = {name: value[cond[1][rows].to(value.device)] for name, value in cond[0].items()}
+            rows_cond = cond_rows(cond, rows, device)
             x = torch.stack([draw_noise((N, C), *seed, b, 0 if shared_noise else g, k, 0) for b, g in row_keys]).to(device)
             xs, logp = [], []
             with timed(seconds, "velocity", device):
@@ -135,4 +149,4 @@ def rollout(editor, tasks, G, K, T, seed, eta=0., kind="cps", window=0, start=0,
 
     return Trajectory(images=images, context=torch.stack(contexts, 1) if keep else None, x=torch.stack(kept, 1) if keep else None,
                       logp=torch.stack(logps, 1) if keep and window else None, start=start, t=t, cond=conds,
-                      group=torch.arange(S) // G, seconds=seconds)
+                      group=torch.arange(S) // G, rows=torch.arange(S), seconds=seconds)

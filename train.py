@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -32,9 +33,8 @@ import model
 import reward
 from advantage import AGGREGATE, advantages
 from grpo import grpo_loss, sde_step
-from model import LORA_TARGETS
 from nft import nft_loss, noised, old_decay
-from rollout import draw_noise, rollout, timed
+from rollout import by_size, draw_noise, rollout, timed
 
 
 # ------------------------------------------------------------------------------------------------------------ config
@@ -46,7 +46,8 @@ def option(default, help, choices=None):
 @dataclass
 class Config:
     algo: str = option("grpo", "objective", ["grpo", "nft"])
-    preset: str = option("shapes", "defaults for a kind of editor; a flag given by hand wins", ["shapes", "kontext"])
+    preset: str = option("shapes", "defaults for a kind of editor, on eight GPUs of 80 GB or (-1gpu) one; a flag given by hand wins",
+                         ["shapes", "kontext", "klein", "qwen", "kontext-1gpu", "klein-1gpu", "qwen-1gpu"])
     model: str = option("shapes/editor", "editor: a diffusers folder or hub id")
     lora: str = option("", "LoRA to start from: a file or folder in diffusers' layout; empty = a fresh one")
     judge: str = option("exact", "'exact' (embedded world), or a vision-language model: folder, hub id, or http://host:port/v1#model; several by commas")
@@ -59,30 +60,32 @@ class Config:
     judge_workers: int = option(32, "requests to a server that are under way at a time; rows in one forward of a judge in process")
     judge_timeout: float = option(120., "seconds after which a server's answer counts as failed")
     judge_cache: str = option("", "SQLite file of scores, for deterministic ones only; empty = none")
-    data: str = option("shapes", "'shapes' (embedded world) or a JSONL file of tasks")
-    height: int = option(48, "picture height in pixels; pictures of a JSONL file are scaled and cropped to it")
-    width: int = option(48, "picture width in pixels")
-    steps: int = option(40, "training steps (rollouts)")
+    data: str = option("shapes", "'shapes' (embedded world), a JSONL file of tasks, or a CSV of EdiVal's form")
+    images: str = option("", "folder of the pictures of such a CSV")
+    resolution: int = option(512, "pictures of a file are scaled to an area of this squared, in pixels; their aspect ratio is kept")
+    steps: int = option(60, "training steps (rollouts)")
     tasks: int = option(24, "B, tasks in a step, over all processes")
     group: int = option(8, "G, samples per task, at least 2")
     turns: int = option(3, "K, edits in a row")
     denoise: int = option(6, "T, denoising steps per turn in training")
     eval_denoise: int = option(8, "T in evaluation")
-    guidance: float = option(2.5, "embedded guidance, in rollout and update alike, for editors distilled with it")
+    offload: bool = option(False, "text encoders are on the GPU only while they work; costs seconds a turn")
+    guidance: float = option(2.5, "in rollout, update and evaluation alike: an input of the transformer where it is distilled "
+                                  "(Kontext), else true CFG, whose second forward 1 saves")
     aggregate: str = option("mean", "turn scores -> trajectory score", list(AGGREGATE))
     fuse: str = option("advantage", "where several rewards meet: as advantages or as raw rewards", ["advantage", "reward"])
-    spread: str = option("trajectory", "which advantage a turn gets: the trajectory's, its own, or that of the turns to go",
+    spread: str = option("turn", "which advantage a turn gets: the trajectory's, its own, or that of the turns to go",
                          ["trajectory", "turn", "togo"])
     weights: str = option("", "weight of each of the judge's rewards, comma-separated; empty = the judge's own")
     min_std: float = option(.05, "a group with less spread than this in a reward teaches nothing about it, in [0, 1]")
-    lora_rank: int = option(32, "rank of the LoRA; 0 = train the whole transformer")
+    lora_rank: int = option(64, "rank of the LoRA; 0 = train the whole transformer")
     lora_alpha: int = option(64, "scale of the LoRA, alpha / rank")
-    lora_targets: str = option("all", "which Linears get a LoRA", list(LORA_TARGETS))
+    lora_targets: str = option("every", "which Linears get a LoRA: attention, all (the family's usual list), every (of the transformer), or ends of names, by commas")
     lr: float = option(4e-4, "learning rate of AdamW(.9, .999)")
     warmup: int = option(5, "steps over which the learning rate rises to --lr: Adam's first steps move every weight by all of it")
     weight_decay: float = option(1e-4, "weight decay of AdamW")
     grad_norm: float = option(1., "gradients are clipped to this norm")
-    ema: float = option(.95, "decay of the averaged weights, per update; evaluation and the saved LoRA use them")
+    ema: float = option(.97, "decay of the averaged weights, per update; evaluation and the saved LoRA use them")
     updates: int = option(2, "optimizer steps per rollout, each on its own part of the tasks; the first is exactly on-policy")
     micro: int = option(0, "rows in one forward, in rollout and update alike; 0 = all rows of an update")
     step_kind: str = option("cps", "stochastic step", ["cps", "sde"])
@@ -106,16 +109,26 @@ class Config:
 
 # flag > preset > default. Sources of the real editors' numbers: the published recipes of Flow-GRPO, DiffusionNFT and
 # Edit-R1, adapted to three turns; they are ours, not MT-EditFlow's, which are not public.
-KONTEXT = dict(model="black-forest-labs/FLUX.1-Kontext-dev", data="tasks.jsonl", judge="Qwen/Qwen2.5-VL-7B-Instruct", height=512, width=512,
-               steps=300, tasks=24, group=12, denoise=8, eval_denoise=28, lr=1e-4, ema=.9, clip=1e-4, min_std=.02, micro=4, val_tasks=16,
-               save_every=5)
+REAL = dict(data="tasks.jsonl", judge="Qwen/Qwen2.5-VL-7B-Instruct", steps=300, tasks=32, group=12, eval_denoise=28, lora_rank=64,
+            lora_alpha=128, lora_targets="all", spread="trajectory", window=2, lr=1e-4, ema=.9, clip=1e-4, min_std=.02, micro=4,
+            val_tasks=16, save_every=5)
+REAL_NFT = dict(lora_rank=32, lora_alpha=64, updates=1, times=2, train_first=0, shared_noise=False, kl=1e-4)
+KONTEXT = REAL | dict(model="black-forest-labs/FLUX.1-Kontext-dev", denoise=8, guidance=2.5)
+KLEIN = REAL | dict(model="black-forest-labs/FLUX.2-klein-base-9B", denoise=10)
+QWEN = REAL | dict(model="Qwen/Qwen-Image-Edit-2509", denoise=10, lora_targets="attention", tasks=16, micro=2, offload=True,
+                   judge="Qwen/Qwen2.5-VL-3B-Instruct")         # beside 20 B and the visiting text encoder 7 B would not fit
+ONE_GPU = dict(tasks=4, group=8, offload=True)     # the other real presets are for eight: a step of theirs takes one GPU ten times as long
 PRESETS = {
     ("shapes", "grpo"): dict(),
-    ("shapes", "nft"): dict(lr=6e-4, updates=3, beta=.2, train_last=3, shared_noise=False),
-    ("kontext", "grpo"): KONTEXT | dict(lora_rank=64, lora_alpha=128, eta=.8, window=2, train_first=0, train_last=3),
-    ("kontext", "nft"): KONTEXT | dict(lora_rank=32, lora_alpha=64, lora_targets="attention", updates=1, times=2,
-                                       train_first=0, train_last=7, shared_noise=False, kl=1e-4),
+    ("shapes", "nft"): dict(updates=3, beta=.2, train_last=3, shared_noise=False),
+    ("kontext", "grpo"): KONTEXT | dict(eta=.8, train_first=0, train_last=3),
+    ("kontext", "nft"): KONTEXT | REAL_NFT | dict(lora_targets="attention", train_last=7),
+    ("klein", "grpo"): KLEIN | dict(guidance=4., eta=.7, train_first=4, train_last=8, kl=1e-3),   # its shift leaves early steps no signal
+    ("klein", "nft"): KLEIN | REAL_NFT | dict(guidance=1., train_last=9),
+    ("qwen", "grpo"): QWEN | dict(guidance=4., eta=.8, train_first=0, train_last=4),
+    ("qwen", "nft"): QWEN | REAL_NFT | dict(guidance=1., train_last=9),
 }
+PRESETS |= {(f"{name}-1gpu", algo): values | ONE_GPU for (name, algo), values in PRESETS.items() if name != "shapes"}
 FREE = {"steps", "resume", "out", "sample_every", "save_every", "judge_workers", "judge_timeout", "judge_cache"}    # may differ on --resume
 
 
@@ -148,7 +161,7 @@ def check(cfg, world):
     """Refuse impossible or contradictory values, naming both. Returns (tasks per process, rows per update, micro)."""
     for name, low, high in (("group", 2, None), ("tasks", 1, None), ("turns", 1, None), ("denoise", 1, None), ("steps", 1, None),
                             ("eval_denoise", 1, None), ("updates", 1, None), ("warmup", 0, None), ("micro", 0, None), ("lora_rank", 0, None),
-                            ("val_tasks", 0, None), ("sample_every", 1, None), ("save_every", 1, None), ("min_std", 0, 1),
+                            ("resolution", 16, None), ("val_tasks", 0, None), ("sample_every", 1, None), ("save_every", 1, None), ("min_std", 0, 1),
                             ("max_failed", 0, 1), ("ema", 0, 1), ("kl", 0, None), ("eta", 0, None)):
         value = getattr(cfg, name)
         if value < low or (high is not None and value > high):
@@ -175,6 +188,8 @@ def check(cfg, world):
                          f"{cfg.train_first} to --train-last {cfg.train_last}")
     if cfg.algo == "grpo" and (cfg.eta == 0 or (cfg.step_kind == "cps" and cfg.eta > 1)):
         raise ValueError(f"--eta {cfg.eta} must be greater than 0" + (" and at most 1 for cps" if cfg.step_kind == "cps" else ""))
+    if cfg.aggregate != "mean" and cfg.spread != "trajectory":
+        raise ValueError(f"--aggregate {cfg.aggregate} does nothing with --spread {cfg.spread}: give --spread trajectory")
     if cfg.scoring == "trajectory" and (cfg.spread != "trajectory" or cfg.aggregate != "mean"):
         raise ValueError(f"--scoring trajectory gives all turns one score: --spread {cfg.spread} and --aggregate {cfg.aggregate} must be "
                          "trajectory and mean")
@@ -198,16 +213,20 @@ class Stopped(Exception):
     """A run that cannot go on; its last checkpoint is intact."""
 
 
-def judge_turn(judge, tasks, images, k):
-    """One turn's rewards (S, M); a judge that breaks down gives NaN and its words, one that refuses its input (ValueError) stops the run."""
+def judge_turn(judge, tasks, images, k, wanted=True, exact=None):
+    """One turn's rewards (S, M), and beside them the exact judge's; NaN if they are not `wanted`, or if the judge breaks down.
+
+    A judge that refuses its input (ValueError) stops the run.
+    """
+    r = torch.full((len(tasks), len(judge.names)), float("nan"))
     try:
-        return judge(tasks, images, k)
+        r = judge(tasks, images, k) if wanted else r
     except ValueError:
         raise
     except Exception as error:
         judge.words = f"{type(error).__name__}: {error}"
         tqdm.write(f"the judge failed on turn {k + 1}: {judge.words}", file=sys.stderr)
-        return torch.full((len(tasks), len(judge.names)), float("nan"))
+    return torch.cat([r, exact(tasks, images, k)], 1) if exact else r
 
 
 def choose(tasks, B, seed, step):
@@ -235,14 +254,15 @@ def gather(x, world):
     return torch.cat(parts)
 
 
-def update(editor, trajectory, A, weight, optimizer, cfg, step, rows, micro, own, world):
+def update(editor, trajectories, A, weight, optimizer, cfg, step, rows, micro, own, world):
     """One rollout's optimizer steps: A and weight (S, K) of this process's tasks `own` -> info of means over the step.
+
+    `trajectories` are one for each size of the pictures, and hold all rows of A between them.
 
     loss = sum_s w_s (1 / K W) sum_{k,i} (L + kl mean (v - v_ref)^2) / sum_s w_s, the last sum over all processes; NFT
     takes --times random times per turn in place of the window's steps. Samples of weight 0 take part without effect.
     """
-    K, device = cfg.turns, editor.device
-    size, params = tuple(trajectory.images.shape[3:]), list(editor.trained.values())
+    K, device, params = cfg.turns, editor.device, list(editor.trained.values())
     n_inner = cfg.window if cfg.algo == "grpo" else cfg.times
     for settings in optimizer.param_groups:
         settings["lr"] = cfg.lr * min(1, step / max(1, cfg.warmup))
@@ -253,12 +273,15 @@ def update(editor, trajectory, A, weight, optimizer, cfg, step, rows, micro, own
             total = total.to(device)
             dist.all_reduce(total)
         optimizer.zero_grad()
-        for batch in part.split(micro):
-            keys = [(own[s // cfg.group].item(), s % cfg.group) for s in batch.tolist()]      # task of the whole step, sample
+        batches = [(trajectory, batch) for trajectory in trajectories
+                   for batch in torch.isin(trajectory.rows, part).nonzero().flatten().split(micro) if len(batch)]
+        for trajectory, batch in batches:
+            places, size = trajectory.rows[batch], tuple(trajectory.images.shape[3:])         # rows of A
+            keys = [(own[s // cfg.group].item(), s % cfg.group) for s in places.tolist()]     # task of the whole step, sample
             for k in range(K):
                 cond = trajectory.cond_rows(k, batch, device)
                 context = trajectory.context[batch, k].to(device)
-                a, w = A[batch, k].to(device), weight[batch, k].to(device)
+                a, w = A[places, k].to(device), weight[places, k].to(device)
                 for j in range(n_inner):
                     if cfg.algo == "grpo":
                         i = trajectory.start + j
@@ -312,10 +335,12 @@ def forward_noise(trajectory, shape, cfg, key, j):
 
 
 def reduce_gradients(params, world):
-    """Sum gradients over processes in one flat all-reduce; a missing gradient counts as zeros."""
+    """Sum gradients over processes in one flat all-reduce; a missing gradient (Qwen's last text stream) counts as zeros."""
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     if world == 1:
         return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+    flat = torch.cat([p.grad.flatten() for p in params])
     dist.all_reduce(flat)
     for p, g in zip(params, flat.split([p.numel() for p in params])):
         p.grad = g.view_as(p).clone()
@@ -411,14 +436,22 @@ def main(cfg):
 
     judge = reward.load(cfg.judge, device, **{name: getattr(cfg, name) for name in reward.OPTIONS})
     weights = reward_weights(cfg, judge)
-    tasks = data.load(cfg.data, "train", cfg.turns, (cfg.height, cfg.width))
+    tasks = data.load(cfg.data, "train", cfg.turns, cfg.resolution, images=cfg.images)
+    val = data.load(cfg.data, "val", cfg.turns, cfg.resolution, cfg.val_tasks, images=cfg.images) if cfg.val_tasks and rank == 0 else []
     if len(tasks) < cfg.tasks:
         raise ValueError(f"--tasks {cfg.tasks} is more than the {len(tasks)} training tasks of {cfg.data}")
-    judge.check(tasks)
+    judge.check(tasks + val)
     exact = reward.ExactJudge() if cfg.judge != "exact" and all("scenes" in task.meta for task in tasks) else None     # looks on, if it can
     exact_names = exact.names if exact else []
-    editor = model.load(cfg.model, device, torch.bfloat16 if cuda else torch.float32, cfg.guidance)
-    editor.latent_shape((cfg.height, cfg.width))             # refuses a size that is no multiple
+    sizes = Counter(task.image.size for task in tasks)
+    if len(sizes) > 1 and cfg.group % micro:                 # so that rollout and update see the same micro-batches of each size
+        if cfg.micro:
+            raise ValueError(f"--micro {cfg.micro} does not divide --group {cfg.group}, as it must where pictures have several sizes "
+                             f"({len(sizes)} sizes)")
+        micro = cfg.group
+    editor = model.load(cfg.model, device, torch.bfloat16 if cuda else torch.float32, cfg.guidance, cfg.offload)
+    for width, height in sizes:
+        editor.latent_shape((height, width))                 # refuses a size that is no multiple
     if cfg.lora:
         model.load_weights(editor, cfg.lora)
     else:
@@ -426,10 +459,17 @@ def main(cfg):
     optimizer = torch.optim.AdamW(editor.trained.values(), cfg.lr, weight_decay=cfg.weight_decay)
     if rank == 0:
         out = open_run(cfg)
+        linears = sum(isinstance(module, model.LoRALinear) for module in editor.transformer.modules())
         n_params = sum(p.numel() for p in editor.trained.values())
         print(f"{cfg.algo}: {cfg.tasks} tasks x {cfg.group} samples x {cfg.turns} turns x {cfg.denoise} denoising steps on {world} "
               f"process{'es' * (world > 1)} ({device.type}); {cfg.updates} update{'s' * (cfg.updates > 1)} of {rows} rows a process, "
-              f"{micro} in a forward; {n_params / 1e6:.2f} M parameters trained in {len(editor.trained)} tensors -> {cfg.out}", flush=True)
+              f"{micro} in a forward; {f'LoRA of {linears} Linears' if linears else 'the whole transformer'}, "
+              f"{n_params / 1e6:.2f} M parameters -> {cfg.out}", flush=True)
+        print("pictures, height x width: " + ", ".join(f"{n} of {height} x {width}" for (width, height), n in sizes.most_common()), flush=True)
+        if cfg.data != "shapes" and data.is_benchmark(cfg.data):
+            print(f"warning: {cfg.data} is EdiVal-Bench itself; what is trained on it must not be measured by it", file=sys.stderr, flush=True)
+        if cfg.val_tasks and not val:
+            print(f"{cfg.data} has a single task: none is left for validation", file=sys.stderr, flush=True)
     if world > 1:
         dist.barrier()                                       # rank 0 refuses first
     out, done = Path(cfg.out), 0
@@ -447,24 +487,26 @@ def main(cfg):
         start, seconds = time.perf_counter(), {}
         batch = choose(tasks, cfg.tasks, cfg.seed, step)
         mine = [batch[b] for b in own]
-        repeated = [task for task in mine for _ in range(cfg.group)]
-
         window = dict(eta=cfg.eta, kind=cfg.step_kind, window=cfg.window,
                       start=draw_int(cfg.train_first, cfg.train_last - cfg.window + 1, cfg.seed, step)) if cfg.algo == "grpo" else {}
-        futures = []                                         # turn k is judged while turn k+1 is sampled
-
-        def on_turn(k, images):
-            scored = cfg.scoring == "turn" or k == cfg.turns - 1
-            futures.append((pool.submit(judge_turn, judge, repeated, images, k) if scored else None,
-                            pool.submit(exact, repeated, images, k) if exact else None))
+        trajectories, futures = [], []                       # turn k is judged while turn k+1 is sampled
         with editor.weights("old"):
-            trajectory = rollout(editor, mine, cfg.group, cfg.turns, cfg.denoise, (cfg.seed, step), **window,
-                                 shared_noise=cfg.shared_noise, task_rows=own.tolist(), micro=micro, on_turn=on_turn)
+            for places in by_size(mine):
+                repeated = [mine[i] for i in places for _ in range(cfg.group)]
+                trajectories.append(rollout(
+                    editor, [mine[i] for i in places], cfg.group, cfg.turns, cfg.denoise, (cfg.seed, step), **window,
+                    shared_noise=cfg.shared_noise, task_rows=own[places].tolist(), micro=micro,
+                    on_turn=lambda k, images: futures.append(pool.submit(
+                        judge_turn, judge, repeated, images, k, cfg.scoring == "turn" or k == cfg.turns - 1, exact))))
+                trajectories[-1].rows = (places[:, None] * cfg.group + torch.arange(cfg.group)).flatten()
+        order = torch.cat([trajectory.rows for trajectory in trajectories]).argsort()
         with timed(seconds, "judge_wait", device):
-            r = [torch.cat([f.result() for f in ((scored or futures[-1][0]), seen) if f], 1) for scored, seen in futures]
-            r = torch.stack(r, 1)                                                          # (S, K, M), and the exact judge's
+            scores = [future.result() for future in futures]                               # K of each size
+        r = torch.cat([torch.stack(scores[i:i + cfg.turns], 1) for i in range(0, len(scores), cfg.turns)])[order]      # (S, K, M)
         r = gather(r.view(local, cfg.group, cfg.turns, -1).to(device), world).cpu()        # (B, G, K, M), process by process
         r, seen = r[everyone.flatten().argsort()].split([len(judge.names), len(exact_names)], -1)     # in the order of the step's tasks
+        if cfg.scoring == "trajectory":
+            r = r[:, :, -1:].expand_as(r)                                                  # all turns get the last one's
         failed = r.isnan().any(-1).float().mean().item()
         if failed > cfg.max_failed:
             raise Stopped(f"step {step}: the judge failed on {failed:.0%} of the turns, more than --max-failed {cfg.max_failed:.0%}"
@@ -472,14 +514,16 @@ def main(cfg):
 
         A, weight = advantages(r, weights, cfg.aggregate, cfg.fuse, cfg.spread, cfg.min_std)    # (B, G, K), of all processes
         with timed(seconds, "update", device):
-            info = update(editor, trajectory, A[own].flatten(0, 1), weight[own].flatten(0, 1), optimizer, cfg, step, rows, micro, own, world)
+            info = update(editor, trajectories, A[own].flatten(0, 1), weight[own].flatten(0, 1), optimizer, cfg, step, rows, micro, own, world)
         if cfg.algo == "grpo":
             editor.copy_weights("old")
         else:
             editor.blend("old", old_decay(step))
 
         if rank == 0:
-            seconds |= trajectory.seconds | {"total": time.perf_counter() - start}
+            for name in trajectories[0].seconds:
+                seconds[name] = sum(trajectory.seconds[name] for trajectory in trajectories)
+            seconds["total"] = time.perf_counter() - start
             metrics = {"step": step, **reward_metrics(r, A, weight, judge.names, seen, exact_names), **{f"update/{n}": v for n, v in info.items()},
                        **{f"seconds/{n}": round(v, 3) for n, v in seconds.items()}}
             with open(out / "metrics.jsonl", "a") as file:
@@ -487,17 +531,18 @@ def main(cfg):
             last = f"{judge.names[0]}_turn{cfg.turns}"
             bar.set_postfix({judge.names[0]: f"{metrics[f'reward/{judge.names[0]}']:.3f}", last: f"{metrics[f'reward/{last}']:.3f}"})
             if step % cfg.sample_every == 0 or step in (1, cfg.steps):
-                draw_samples(mine, trajectory.images, r[own], A[own], judge.names, out / "samples" / f"{step:06d}.png")
+                pictures = [images for trajectory in trajectories for images in trajectory.images]
+                draw_samples(mine, [pictures[i] for i in order], r[own], A[own], judge.names, out / "samples" / f"{step:06d}.png")
             if step % cfg.save_every == 0 or step == cfg.steps:
                 save(editor, optimizer, step, out)
 
-    if rank == 0 and cfg.val_tasks:
-        val = data.load(cfg.data, "val", cfg.turns, (cfg.height, cfg.width), cfg.val_tasks)
+    if val:
         referee = exact or judge                             # the judge that trained the model, only where there is no exact one
         arms, images = {}, {}
         for arm, name in (("base", "ref"), ("tuned", "ema")):
             with editor.weights(name):
-                arms[arm], images[arm] = evaluation.evaluate(editor, referee, val, cfg.turns, cfg.eval_denoise, desc=f"validate {arm}")
+                arms[arm], images[arm] = evaluation.evaluate(editor, referee, val, cfg.turns, cfg.eval_denoise, batch=cfg.micro or 100,
+                                                                    desc=f"validate {arm}")
         result = evaluation.report(arms, referee.names, len(val))
         (out / "validation.json").write_text(json.dumps(result, indent=1))
         evaluation.draw_arms(val, images, {a: evaluation.successes(v, referee.names) for a, v in arms.items()}, out / "samples" / "validation.png")

@@ -41,6 +41,128 @@ def load_pipe(folder=None):
     return pipe
 
 
+# --------------------------------------------------------------------------- the other families, tiny, random weights
+
+@functools.lru_cache
+def tiny_tokenizer():
+    """Qwen's tokenizer class: every byte a token, Qwen's special tokens, a chat template of Qwen3's shape."""
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer
+    special = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=[f"<|{name}|>" for name in special])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if not enable_thinking %}<think></think>{% endif %}{% endif %}")
+    return tokenizer
+
+
+def randomize(module, seed=0):
+    """Give every parameter of a module noise, so that nothing is 0 or 1 by initialisation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(.1 * torch.randn(p.shape, generator=generator))
+    return module.eval()
+
+
+def kontext_pipe(**transformer):
+    """The embedded editor; with a random transformer of another configuration if one is given."""
+    from diffusers import FluxTransformer2DModel
+    pipe = load_pipe()
+    if transformer:
+        torch.manual_seed(1)
+        pipe.transformer = FluxTransformer2DModel.from_config({**pipe.transformer.config, **transformer}).eval()
+    return pipe
+
+
+def klein_pipe(is_distilled=False, **transformer):
+    from diffusers import (AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline,
+                           Flux2Transformer2DModel)
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    torch.manual_seed(0)
+    # the pipeline reads layers 9, 18 and 27
+    text_encoder = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tiny_tokenizer()), hidden_size=16, intermediate_size=16, num_hidden_layers=28,
+        head_dim=8, num_attention_heads=2, num_key_value_heads=1, bos_token_id=None, eos_token_id=None)).eval()
+    vae = AutoencoderKLFlux2(block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4)
+    vae.bn.running_mean.normal_(), vae.bn.running_var.uniform_(.5, 2)
+    transformer = Flux2Transformer2DModel(**dict(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=48, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False) | transformer)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3., use_dynamic_shifting=True, base_shift=.5, max_shift=1.15, base_image_seq_len=256,
+        max_image_seq_len=4096)
+    return quiet(Flux2KleinPipeline(scheduler, randomize(vae), text_encoder, tiny_tokenizer(), randomize(transformer),
+                                    is_distilled=is_distilled))
+
+
+def qwen_pipe(plus=False, **transformer):
+    from diffusers import (AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageEditPipeline,
+                           QwenImageEditPlusPipeline, QwenImageTransformer2DModel)
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    class Processor(Qwen2VLProcessor):
+        """Without its part for videos, which needs torchvision."""
+        def __init__(self, image_processor, tokenizer):
+            super().__init__(image_processor, tokenizer)
+
+        def check_argument_for_proper_class(self, name, argument):
+            return type(argument)
+
+        @classmethod
+        def get_attributes(cls):
+            return ["image_processor", "tokenizer"]
+
+    torch.manual_seed(0)
+    tokenizer, ids = tiny_tokenizer(), tiny_tokenizer().convert_tokens_to_ids
+    text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, bos_token_id=None, eos_token_id=None,
+            rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]}),
+        vision_config=dict(depth=2, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=16,
+                           fullatt_block_indexes=[1], window_size=56),
+        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"))).eval()
+    vae = AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+                                 latents_mean=[.5, -1., .1, .3], latents_std=[2., .5, 1.5, 1.])
+    transformer = QwenImageTransformer2DModel(**dict(
+        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(4, 6, 6)) | transformer)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=.5, max_shift=.9, base_image_seq_len=256, max_image_seq_len=8192,
+        shift_terminal=.02)
+    return quiet((QwenImageEditPlusPipeline if plus else QwenImageEditPipeline)(
+        scheduler, randomize(vae), randomize(text_encoder), tokenizer, Processor(Qwen2VLImageProcessorPil(), tokenizer),
+        randomize(transformer)))
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PIPES = {"kontext": kontext_pipe, "klein": klein_pipe, "qwen": qwen_pipe,
+         "plus": functools.partial(qwen_pipe, plus=True)}
+
+
+def tiny_editor(family, pipe=None, rank=None, moved=None, **options):
+    """An editor of a family of PIPES around a tiny pipeline; with LoRA and moved like new_editor's."""
+    pipe = pipe or PIPES[family]()
+    if family == "klein":
+        options = dict(max_text=48) | options                # of 512: a tenth of the time
+    editor = model.FAMILIES[type(pipe).__name__](pipe, "cpu", **options)
+    if rank is not None:
+        model.add_lora(editor, rank)
+    if moved:
+        move(editor, moved)
+    return editor
+
+
 def new_editor(rank=None, alpha=None, moved=None, **load):
     """A fresh editor; with LoRA if rank is given, whose policy is moved off the base by noise of std `moved`."""
     editor = model.load(editor_folder(), **load)

@@ -132,6 +132,7 @@ def test_a_copying_editor_follows_nothing_and_keeps_everything():
     """Catches: success for pictures that were not edited; consistency against something else than the original."""
     tasks, judge = make_tasks(40, K=3), reward.load("exact")
     r, images = evaluation.evaluate(CopyEditor(), judge, tasks, 3, 4, show=False)
+    images = torch.stack(images)
     assert (images == images[:, :1]).all()
     result = evaluation.report({"base": r}, judge.names, 40)["base"]
     assert result["IF"] == [0, 0, 0] and result["O"] == [0, 0, 0]
@@ -165,7 +166,7 @@ def test_a_judge_of_known_rates_gives_those_rates_back():
         assert images.shape == (len(part), k + 2, 3, 48, 48)
         return truth[[task.meta["row"] for task in part], k]
     r, images = evaluation.evaluate(CopyEditor(), judge, tasks, K, 2, seeds=(0, 1), batch=7, show=False)
-    assert r.shape == (2 * n, K, 2) and images.shape == (n, K + 1, 3, 48, 48)
+    assert r.shape == (2 * n, K, 2) and torch.stack(images).shape == (n, K + 1, 3, 48, 48)
     assert torch.equal(r.nan_to_num(-1), truth.repeat(2, 1, 1).nan_to_num(-1))
     report = evaluation.report({"base": r}, ["following", "consistency"], n)["base"]
     s = (truth[..., 0] >= .5).double()
@@ -180,7 +181,8 @@ def test_results_do_not_depend_on_the_batch_size():
     """Catches: noise keyed by the row in the batch, so that base and tuned differ by their batches."""
     editor, judge, tasks = new_editor(), Judge(), make_tasks(5)
     (a, x), (b, y) = (evaluation.evaluate(editor, judge, tasks, 2, 3, batch=batch, show=False) for batch in (5, 2))
-    difference = (x.int() - y.int()).abs()                    # a value near a rounding boundary may fall on either side
+    # a value near a rounding boundary may fall on either side
+    difference = (torch.stack(x).int() - torch.stack(y).int()).abs()
     assert difference.max() <= 1 and (difference > 0).float().mean() < .01 and torch.allclose(a, b, atol=1e-3)
 
 

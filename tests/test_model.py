@@ -122,7 +122,8 @@ def test_text_of_a_long_t5_tokenizer_is_padded_like_the_pipelines_own(max_text, 
 def test_text_is_never_longer_than_the_tokenizers_limit():
     """Catches: position embeddings asked for beyond what a small text encoder has."""
     editor = new_editor()
-    assert editor.max_text == min(128, editor.pipe.tokenizer_2.model_max_length)
+    limit = editor.pipe.tokenizer_2.model_max_length
+    assert limit < editor.max_text and editor.condition(["x"], None)[0]["text"].shape[1] == limit
 
 
 # ------------------------------------------------------------------------------------------------------------ an editor
@@ -184,7 +185,7 @@ def test_times_run_from_1_to_0(T):
 
 # ------------------------------------------------------------------------------------------------- LoRA and weight sets
 
-@pytest.mark.parametrize("targets", ["all", "attention"])
+@pytest.mark.parametrize("targets", ["every", "all", "attention"])
 def test_a_fresh_lora_changes_nothing_and_alone_is_trained(targets):
     """Catches: B not zero at the start, or gradients that reach the base weights."""
     editor = new_editor()
@@ -202,11 +203,12 @@ def test_a_fresh_lora_changes_nothing_and_alone_is_trained(targets):
     assert all(p.grad is None for p in editor.transformer.parameters() if id(p) not in trained)
 
 
-def test_attention_targets_are_fewer_than_all():
+def test_attention_targets_are_fewer_than_all_and_those_than_every():
     """Catches: a pattern that matches too much (norms, the output) or misses the feed-forward layers."""
-    few, all_ = ({n.rsplit(".", 1)[0] for n in model.add_lora(new_editor(), 2, targets=targets).trained}
-                 for targets in ("attention", "all"))
-    assert few < all_ and all("attn." in n for n in few)
+    few, all_, every = ({n.rsplit(".", 1)[0] for n in model.add_lora(new_editor(), 2, targets=targets).trained}
+                        for targets in ("attention", "all", "every"))
+    linears = {n for n, m in new_editor().transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert few < all_ < every == linears and all("attn." in n for n in few)
     assert not any("norm" in n or n.startswith("proj_out") for n in all_)
     kinds = {n.split(".", 2)[2] for n in all_}
     assert {"ff.net.0.proj", "ff_context.net.2", "attn.add_q_proj", "attn.to_out.0", "proj_mlp"} <= kinds

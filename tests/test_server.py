@@ -304,7 +304,7 @@ def metrics(out):
 @pytest.fixture
 def few_tasks(monkeypatch):
     tasks = make_tasks(8)
-    monkeypatch.setattr(train.data, "load", lambda *_: tasks)
+    monkeypatch.setattr(train.data, "load", lambda *_, **__: tasks)
 
 
 def test_a_judge_that_dies_in_the_middle_of_a_step(few_tasks, tmp_path):
@@ -339,7 +339,7 @@ def test_the_exact_judge_looks_on(few_tasks, tmp_path):
 def test_scoring_the_trajectory_costs_one_call_and_reaches_every_turn(few_tasks, tmp_path):
     """Every turn scored although the trajectory was to be; turns without a score; pictures of another turn."""
     with Server() as server:
-        code, out, err = run_script("train.py", *small_run(tmp_path, server.spec, steps=1, scoring="trajectory"))
+        code, out, err = run_script("train.py", *small_run(tmp_path, server.spec, steps=1, scoring="trajectory", spread="trajectory"))
         assert code == 0, err
         assert len(server.asked()) == 2 * 4                      # 2 rewards x 4 trajectories
         assert all(len(body["pictures"]) == 2 and "1. " in str(body["messages"]) and "2. " in str(body["messages"][0]["content"][-1])

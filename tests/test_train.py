@@ -47,7 +47,7 @@ def judge(monkeypatch):
     """A cheap judge in place of the exact one, and 64 tasks to choose from; set judge.edit to spoil its rewards."""
     judge, plain = Judge(), train.data.load
     monkeypatch.setattr(reward, "load", lambda *_, **__: judge)
-    monkeypatch.setattr(train.data, "load", lambda *args: plain(*args[:4], limit=64))
+    monkeypatch.setattr(train.data, "load", lambda *args, **more: plain(*args[:4], limit=64))
     return judge
 
 
@@ -123,7 +123,7 @@ def sample(editor, cfg, n=B, micro=None):
 def gradients(editor, cfg, trajectory, A, weight, rows=None, micro=None):
     cfg.grad_norm, recorder = 1e9, Recorder(editor)
     rows, own = rows or len(A), torch.arange(len(A) // G)
-    info = train.update(editor, trajectory, A, weight, recorder, cfg, 1, rows, micro or rows, own, 1)
+    info = train.update(editor, [trajectory], A, weight, recorder, cfg, 1, rows, micro or rows, own, 1)
     return recorder.gradients, info
 
 
@@ -237,7 +237,7 @@ def test_the_kl_term_has_a_gradient_and_ref_gets_none(algo):
     (gradient,), info = gradients(editor, cfg, a, A, weight)
     assert (gradient - rest).norm() > 1e-3 and info["kl"] > 1e-5
     optimizer = torch.optim.AdamW(editor.trained.values(), 1e-3)
-    train.update(editor, a, A, weight, optimizer, cfg, 1, B * G, B * G, torch.arange(B), 1)
+    train.update(editor, [a], A, weight, optimizer, cfg, 1, B * G, B * G, torch.arange(B), 1)
     assert all(torch.equal(v, w) and v.grad is None for v, w in zip(editor.sets["ref"], ref))
     editor.copy_weights("ref")                                                # at policy = ref it vanishes
     (gradient,), info = gradients(editor, config(algo=algo, kl=1., clip=1e9), sample_of_policy(editor, cfg), A, weight)
@@ -284,7 +284,7 @@ def test_every_update_moves_the_policy_and_a_tenth_of_the_average(algo):
             super().step()
             policies.append(now())
     (A, weight), optimizer, half = advantage_rows(), Noted(editor.trained.values(), 1e-3), B * G // 2
-    train.update(editor, a, A, torch.ones_like(weight), optimizer, cfg, 1, half, half, torch.arange(B), 1)
+    train.update(editor, [a], A, torch.ones_like(weight), optimizer, cfg, 1, half, half, torch.arange(B), 1)
     assert len(policies) == 3
     for before, after in zip(policies, policies[1:]):
         assert any((p - q).abs().max() > 1e-4 for p, q in zip(before, after))
@@ -299,7 +299,7 @@ def test_the_learning_rate_rises_to_its_value_and_stays():
     recorder, rates = Recorder(editor), []
     recorder.param_groups = [{}]
     for step in (1, 2, 4, 9):
-        train.update(editor, a, *advantage_rows(), recorder, cfg, step, B * G, B * G, torch.arange(B), 1)
+        train.update(editor, [a], *advantage_rows(), recorder, cfg, step, B * G, B * G, torch.arange(B), 1)
         rates.append(recorder.param_groups[0]["lr"])
     assert rates == pytest.approx([.0025, .005, .01, .01])
 
@@ -390,7 +390,7 @@ torch.set_num_threads(1)
 import diffusers, model, reward, train
 from fixtures import Judge
 reward.load = lambda *_: Judge()
-load, train.data.load = train.data.load, lambda *args: load(*args[:4], limit=64)
+load, train.data.load = train.data.load, lambda *args, **more: load(*args[:4], limit=64)
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 
 def nth(module, name, n, act):              # the n-th call of module.name does something else
@@ -592,13 +592,6 @@ def test_a_flag_wins_over_a_preset_over_a_default():
         assert train.parse(chosen + ["--shared-noise", "false"]).shared_noise is False
 
 
-@pytest.mark.parametrize("preset", ["shapes", "kontext"])
-@ALGOS
-def test_every_preset_is_possible(preset, algo):
-    """Catches: a preset that the program itself refuses."""
-    train.check(train.parse(["--algo", algo, "--preset", preset]), 1)
-
-
 def test_whole_groups_live_on_one_process():
     """Catches: ranks with unequal work, which hang in the next all-reduce."""
     cfg = config(tasks=4)
@@ -622,6 +615,7 @@ IMPOSSIBLE = {      # what is typed, what the one line must say
     "micro does not divide": (dict(micro=3), "--micro 3 .*4 rows"),
     "updates do not divide": (dict(updates=3), "--updates 3 .*4 tasks"),
     "times beyond the grid": (dict(algo="nft", times=4), "--times 4 .* 3 steps"),
+    "aggregate without effect": (dict(aggregate="min", spread="togo"), "--aggregate min .*--spread togo.*trajectory"),
     "learning rate": (dict(lr=-1), "--lr -1.*greater than 0"),
     "weights of wrong count": (dict(weights="1,2"), "--weights '1,2' .* 3 .*numbers.*following, consistency, success"),
     "weights all zero": (dict(weights="0,0,0"), "--weights '0,0,0' .*not all 0"),
@@ -631,7 +625,7 @@ IMPOSSIBLE = {      # what is typed, what the one line must say
     "an exact judge that thinks": (dict(reasoning="think"), "--reasoning think .*--judge exact"),
     "votes without chance": (dict(judge="J", reasoning="think", votes=4), "--votes 4 .*--temperature 0"),
     "one score for all turns, spread by turn": (dict(judge="J", scoring="trajectory", spread="turn"), "trajectory.*--spread turn"),
-    "one score for all turns, the least of them": (dict(judge="J", scoring="trajectory", aggregate="min"), "--aggregate min"),
+    "one score for all turns, the least of them": (dict(judge="J", scoring="trajectory", spread="trajectory", aggregate="min"), "--aggregate min"),
     "no data": (dict(data="/nowhere.jsonl"), "/nowhere.jsonl.*no such file"),
     "no editor": (dict(model="/nowhere"), "/nowhere.*no editor"),
     "no lora": (dict(lora="/nowhere"), "/nowhere"),
@@ -686,16 +680,57 @@ def test_a_run_is_never_overwritten(tmp_path, judge):
     assert digest(tmp_path) == before
 
 
-def test_training_on_pictures_of_ones_own(tmp_path, judge):
-    """Catches: a path that only the embedded world takes: other sizes, tasks without scenes, a LoRA to start from."""
-    Image.effect_noise((60, 50), 90).convert("RGB").save(tmp_path / "a.png")
-    (tmp_path / "tasks.jsonl").write_text(PICTURE * 12)
-    options = dict(data=tmp_path / "tasks.jsonl", height=32, width=64, steps=1, val_tasks=2)
+def test_training_on_pictures_of_ones_own(tmp_path, judge, capsys):
+    """Catches: a path that only the embedded world takes: other sizes, two sizes in a step, a LoRA to start from."""
+    for name, size in (("a", (60, 50)), ("b", (30, 60))):
+        Image.effect_noise(size, 90).convert("RGB").save(tmp_path / f"{name}.png")
+    (tmp_path / "tasks.jsonl").write_text((PICTURE + PICTURE.replace("a.png", "b.png")) * 6)
+    options = dict(data=tmp_path / "tasks.jsonl", resolution=48, steps=1, val_tasks=2)
     train.main(config(tmp_path / "a", **options))
+    assert "5 of 48 x 48, 5 of 64 x 32" in capsys.readouterr().out
     train.main(config(tmp_path / "b", "nft", **options, lora=tmp_path / "a"))
     assert all(metrics(tmp_path / name)[0]["update/grad_norm"] > 0 for name in "ab")
+    assert metrics(tmp_path / "a")[0]["update/ratio_deviation_1"] == 0
     saved = load_file(tmp_path / "a" / model.LORA_FILE)
     assert norms(state(tmp_path / "b")["sets"]["ref"]) == pytest.approx(norms(saved.values()))
+    line = refused("train.py", *flags(tmp_path / "c", **options, group=4, micro=8))
+    assert re.search("--micro 8 does not divide --group 4.*2 sizes", line)
+
+
+@ALGOS
+def test_a_step_of_several_sizes_is_one_update(algo):
+    """Catches: rows of one size judged, weighted or noised as those of another, or each size normalised by itself."""
+    cfg = config(algo=algo, kl=.1)
+    editor, whole = sampled(cfg)
+    tasks, parts = make_tasks(B), []
+    window = dict(eta=cfg.eta, kind=cfg.step_kind, window=cfg.window, start=1) if algo == "grpo" else {}
+    for places in (torch.tensor([0, 3]), torch.tensor([1, 2])):           # as if two and two had the same size
+        with editor.weights("old"):
+            parts.append(rollout(editor, [tasks[i] for i in places], G, K, cfg.denoise, (cfg.seed, 1), **window,
+                                 shared_noise=cfg.shared_noise, task_rows=places.tolist()))
+        parts[-1].rows = (places[:, None] * G + torch.arange(G)).flatten()
+    A, weight = advantage_rows()
+    for rows in (B * G, B * G // 2):
+        cfg.grad_norm, recorder, info = 1e9, Recorder(editor), {}
+        info["parts"] = train.update(editor, parts, A, weight, recorder, cfg, 1, rows, 2, torch.arange(B), 1)
+        expected, info["whole"] = gradients(editor, cfg, whole, A, weight, rows, micro=2)
+        for got, gradient in zip(recorder.gradients, expected, strict=True):
+            assert_close(got, gradient, 1e-3)              # a second turn sees the rounding of the first
+        assert info["parts"]["loss"] == pytest.approx(info["whole"]["loss"], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("preset, algo", train.PRESETS)
+def test_every_preset_starts_on_the_machine_it_is_for(preset, algo):
+    """Catches: numbers that contradict each other, so that the advertised command refuses itself."""
+    cfg = train.parse(["--preset", preset, "--algo", algo])
+    local, rows, micro = train.check(cfg, 8 if preset in ("kontext", "klein", "qwen") else 1)
+    assert cfg.group % micro == 0 or preset == "shapes"        # pictures of several sizes
+    first, last = {"kontext": (0, cfg.denoise // 2 - 2), "klein": (cfg.denoise // 2 - 1, cfg.denoise - 3),
+                   "qwen": (0, cfg.denoise // 2 - 2)}.get(preset.split("-")[0], (0, 2))
+    if algo == "grpo":
+        assert (cfg.train_first, cfg.train_last - cfg.window + 1) == (first, last)
+    elif preset != "shapes":
+        assert cfg.guidance == (2.5 if preset.startswith("kontext") else 1)
 
 
 def test_the_whole_transformer_can_be_trained(tmp_path, judge):
