@@ -527,6 +527,8 @@ def settle(args):
                  "turns": first("turns", 3), "resolution": first("resolution", SIZE), "tasks": first("tasks", 500 if shapes else 1_000_000),
                  "probes": first("probes", 100), "seeds": first("seeds", 1), "batch": first("batch", 100 if shapes else 4),
                  "judge": args.judge or before.get("judge") or ("exact" if shapes else config.get("judge", "exact"))}
+    asked = {} if args.judge else before.get("asked") or ({} if shapes else config)
+    settings["asked"] = {name: asked[name] for name in reward.OPTIONS if name in asked}      # how the run asked its judge
     if settings["protocol"]:
         if shapes or args.denoise or args.guidance or args.resolution:
             raise ValueError("--protocol edival is for photographs (--data), and fixes --denoise, --guidance and --resolution: leave them out")
@@ -602,7 +604,7 @@ def main(argv=None):
                              f"square ones ({SIZE} x {SIZE}, as in its input_images_resize_512.zip)")
     names, passes = names_of(tasks), plan(tasks, K, settings["probes"])
     if "score" in stages:                                    # refuse before anything is sampled
-        judge = reward.load(settings["judge"], device)
+        judge = reward.load(settings["judge"], device, **settings["asked"])
         judge.check(tasks)
         features = load_features(settings["features"], device) if settings["features"] else None
     if world > 1:

@@ -9,8 +9,8 @@ Each step: roll out B tasks x G samples x K turns on the model's own outputs; ju
 advantages (advantage.py); update with GRPO (grpo.py) or NFT (nft.py). Writes config.json, metrics.jsonl, samples/*.png,
 checkpoint/ and pytorch_lora_weights.safetensors into --out, and ends with a table base | tuned on validation tasks.
 
-Left out: DDP wrapper (trainable tensors are few: one flat all-reduce a step), reward servers (any judge is a function),
-learning-rate decay, mixed-precision scalers (base in bf16, LoRA in fp32).
+Left out: DDP wrapper (trainable tensors are few: one flat all-reduce a step), learning-rate decay, mixed-precision
+scalers (base in bf16, LoRA in fp32).
 """
 import argparse
 import json
@@ -50,7 +50,16 @@ class Config:
                          ["shapes", "kontext", "klein", "qwen", "kontext-1gpu", "klein-1gpu", "qwen-1gpu"])
     model: str = option("shapes/editor", "editor: a diffusers folder or hub id")
     lora: str = option("", "LoRA to start from: a file or folder in diffusers' layout; empty = a fresh one")
-    judge: str = option("exact", "'exact' (embedded world), or a folder or hub id of a vision-language model")
+    judge: str = option("exact", "'exact' (embedded world), or a vision-language model: folder, hub id, or http://host:port/v1#model; several by commas")
+    rubric: str = option("", "JSON file of prompts for such a model, in place of reward.py's")
+    scoring: str = option("turn", "each turn scored by itself, or the trajectory as a whole: original, last picture, all instructions",
+                          list(reward.RUBRICS))
+    reasoning: str = option("logits", "expectation over the digits in one forward, a digit generated directly, or thinking first", list(reward.ANSWERS))
+    votes: int = option(1, "answers averaged for a score, drawn at --temperature")
+    temperature: float = option(0., "of the judge's generated answers; 0 = the likeliest")
+    judge_workers: int = option(32, "requests to a server that are under way at a time; rows in one forward of a judge in process")
+    judge_timeout: float = option(120., "seconds after which a server's answer counts as failed")
+    judge_cache: str = option("", "SQLite file of scores, for deterministic ones only; empty = none")
     data: str = option("shapes", "'shapes' (embedded world), a JSONL file of tasks, or a CSV of EdiVal's form")
     images: str = option("", "folder of the pictures of such a CSV")
     resolution: int = option(512, "pictures of a file are scaled to an area of this squared, in pixels; their aspect ratio is kept")
@@ -120,7 +129,7 @@ PRESETS = {
     ("qwen", "nft"): QWEN | REAL_NFT | dict(guidance=1., train_last=9),
 }
 PRESETS |= {(f"{name}-1gpu", algo): values | ONE_GPU for (name, algo), values in PRESETS.items() if name != "shapes"}
-FREE = {"steps", "resume", "out", "sample_every", "save_every"}    # may differ on --resume
+FREE = {"steps", "resume", "out", "sample_every", "save_every", "judge_workers", "judge_timeout", "judge_cache"}    # may differ on --resume
 
 
 def truth(word):
@@ -181,6 +190,9 @@ def check(cfg, world):
         raise ValueError(f"--eta {cfg.eta} must be greater than 0" + (" and at most 1 for cps" if cfg.step_kind == "cps" else ""))
     if cfg.aggregate != "mean" and cfg.spread != "trajectory":
         raise ValueError(f"--aggregate {cfg.aggregate} does nothing with --spread {cfg.spread}: give --spread trajectory")
+    if cfg.scoring == "trajectory" and (cfg.spread != "trajectory" or cfg.aggregate != "mean"):
+        raise ValueError(f"--scoring trajectory gives all turns one score: --spread {cfg.spread} and --aggregate {cfg.aggregate} must be "
+                         "trajectory and mean")
     return local, rows, micro
 
 
@@ -201,15 +213,20 @@ class Stopped(Exception):
     """A run that cannot go on; its last checkpoint is intact."""
 
 
-def judge_turn(judge, tasks, images, k):
-    """One turn's rewards (S, M); a judge that breaks down gives NaN and its words, one that refuses its input (ValueError) stops the run."""
+def judge_turn(judge, tasks, images, k, wanted=True, exact=None):
+    """One turn's rewards (S, M), and beside them the exact judge's; NaN if they are not `wanted`, or if the judge breaks down.
+
+    A judge that refuses its input (ValueError) stops the run.
+    """
+    r = torch.full((len(tasks), len(judge.names)), float("nan"))
     try:
-        return judge(tasks, images, k)
+        r = judge(tasks, images, k) if wanted else r
     except ValueError:
         raise
     except Exception as error:
-        tqdm.write(f"the judge failed on turn {k + 1}: {type(error).__name__}: {error}", file=sys.stderr)
-        return torch.full((len(tasks), len(judge.names)), float("nan"))
+        judge.words = f"{type(error).__name__}: {error}"
+        tqdm.write(f"the judge failed on turn {k + 1}: {judge.words}", file=sys.stderr)
+    return torch.cat([r, exact(tasks, images, k)], 1) if exact else r
 
 
 def choose(tasks, B, seed, step):
@@ -331,8 +348,11 @@ def reduce_gradients(params, world):
 
 # --------------------------------------------------------------------------------------------------------- bookkeeping
 
-def reward_metrics(r, A, weight, names):
-    """r (B, G, K, M) -> flat metrics: every reward per turn, spread within groups, share of judge failures and of used samples."""
+def reward_metrics(r, A, weight, names, exact, exact_names):
+    """r (B, G, K, M) -> flat metrics: every reward per turn, spread within groups, share of judge failures and of used samples.
+
+    exact (B, G, K, ...): what the exact judge says of the same pictures; where it rises less than r, r is being hacked.
+    """
     metrics = {"judge/failed": r.isnan().any(-1).float().mean().item()}
     for m, name in enumerate(names):
         for k in range(r.shape[2]):
@@ -340,6 +360,9 @@ def reward_metrics(r, A, weight, names):
         metrics[f"reward/{name}"] = r[..., m].nanmean().item()
         means = r[..., m].mean(2)                                       # (B, G) trajectory scores
         metrics[f"group_std/{name}"] = means.std(1, correction=0).nanmean().item()
+    for m, name in enumerate(exact_names):
+        metrics[f"exact/{name}"] = exact[..., m].mean().item()
+        metrics |= {f"exact/{name}_turn{k + 1}": exact[:, :, k, m].mean().item() for k in range(exact.shape[2])}
     return metrics | {"advantage/abs": A.abs().mean().item(), "advantage/used": weight.mean().item()}
 
 
@@ -411,13 +434,15 @@ def main(cfg):
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
 
-    judge = reward.load(cfg.judge, device)
+    judge = reward.load(cfg.judge, device, **{name: getattr(cfg, name) for name in reward.OPTIONS})
     weights = reward_weights(cfg, judge)
     tasks = data.load(cfg.data, "train", cfg.turns, cfg.resolution, images=cfg.images)
     val = data.load(cfg.data, "val", cfg.turns, cfg.resolution, cfg.val_tasks, images=cfg.images) if cfg.val_tasks and rank == 0 else []
     if len(tasks) < cfg.tasks:
         raise ValueError(f"--tasks {cfg.tasks} is more than the {len(tasks)} training tasks of {cfg.data}")
     judge.check(tasks + val)
+    exact = reward.ExactJudge() if cfg.judge != "exact" and all("scenes" in task.meta for task in tasks) else None     # looks on, if it can
+    exact_names = exact.names if exact else []
     sizes = Counter(task.image.size for task in tasks)
     if len(sizes) > 1 and cfg.group % micro:                 # so that rollout and update see the same micro-batches of each size
         if cfg.micro:
@@ -471,17 +496,21 @@ def main(cfg):
                 trajectories.append(rollout(
                     editor, [mine[i] for i in places], cfg.group, cfg.turns, cfg.denoise, (cfg.seed, step), **window,
                     shared_noise=cfg.shared_noise, task_rows=own[places].tolist(), micro=micro,
-                    on_turn=lambda k, images: futures.append(pool.submit(judge_turn, judge, repeated, images, k))))
+                    on_turn=lambda k, images: futures.append(pool.submit(
+                        judge_turn, judge, repeated, images, k, cfg.scoring == "turn" or k == cfg.turns - 1, exact))))
                 trajectories[-1].rows = (places[:, None] * cfg.group + torch.arange(cfg.group)).flatten()
         order = torch.cat([trajectory.rows for trajectory in trajectories]).argsort()
         with timed(seconds, "judge_wait", device):
             scores = [future.result() for future in futures]                               # K of each size
         r = torch.cat([torch.stack(scores[i:i + cfg.turns], 1) for i in range(0, len(scores), cfg.turns)])[order]      # (S, K, M)
         r = gather(r.view(local, cfg.group, cfg.turns, -1).to(device), world).cpu()        # (B, G, K, M), process by process
-        r = r[everyone.flatten().argsort()]                                                # in the order of the step's tasks
+        r, seen = r[everyone.flatten().argsort()].split([len(judge.names), len(exact_names)], -1)     # in the order of the step's tasks
+        if cfg.scoring == "trajectory":
+            r = r[:, :, -1:].expand_as(r)                                                  # all turns get the last one's
         failed = r.isnan().any(-1).float().mean().item()
         if failed > cfg.max_failed:
-            raise Stopped(f"step {step}: the judge failed on {failed:.0%} of the turns, more than --max-failed {cfg.max_failed:.0%}")
+            raise Stopped(f"step {step}: the judge failed on {failed:.0%} of the turns, more than --max-failed {cfg.max_failed:.0%}"
+                          + (f"; its last words: {judge.words}" if judge.words else ""))
 
         A, weight = advantages(r, weights, cfg.aggregate, cfg.fuse, cfg.spread, cfg.min_std)    # (B, G, K), of all processes
         with timed(seconds, "update", device):
@@ -495,7 +524,7 @@ def main(cfg):
             for name in trajectories[0].seconds:
                 seconds[name] = sum(trajectory.seconds[name] for trajectory in trajectories)
             seconds["total"] = time.perf_counter() - start
-            metrics = {"step": step, **reward_metrics(r, A, weight, judge.names), **{f"update/{n}": v for n, v in info.items()},
+            metrics = {"step": step, **reward_metrics(r, A, weight, judge.names, seen, exact_names), **{f"update/{n}": v for n, v in info.items()},
                        **{f"seconds/{n}": round(v, 3) for n, v in seconds.items()}}
             with open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(metrics) + "\n")
@@ -508,14 +537,15 @@ def main(cfg):
                 save(editor, optimizer, step, out)
 
     if val:
+        referee = exact or judge                             # the judge that trained the model, only where there is no exact one
         arms, images = {}, {}
         for arm, name in (("base", "ref"), ("tuned", "ema")):
             with editor.weights(name):
-                arms[arm], images[arm] = evaluation.evaluate(editor, judge, val, cfg.turns, cfg.eval_denoise, batch=cfg.micro or 100,
+                arms[arm], images[arm] = evaluation.evaluate(editor, referee, val, cfg.turns, cfg.eval_denoise, batch=cfg.micro or 100,
                                                                     desc=f"validate {arm}")
-        result = evaluation.report(arms, judge.names, len(val))
+        result = evaluation.report(arms, referee.names, len(val))
         (out / "validation.json").write_text(json.dumps(result, indent=1))
-        evaluation.draw_arms(val, images, {a: evaluation.successes(v, judge.names) for a, v in arms.items()}, out / "samples" / "validation.png")
+        evaluation.draw_arms(val, images, {a: evaluation.successes(v, referee.names) for a, v in arms.items()}, out / "samples" / "validation.png")
         print(f"{len(val)} validation tasks, T = {cfg.eval_denoise}\n{evaluation.table(result)}\nwritten: {out}/ (LoRA, metrics.jsonl, samples/)")
     if world > 1:
         dist.barrier()

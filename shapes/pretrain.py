@@ -1,21 +1,28 @@
-"""Train the embedded editor from scratch: a VAE, then flow matching on clean single edits. Writes shapes/editor/.
+"""Train the embedded models from scratch. Each continues where it stopped.
 
-    python -m shapes.pretrain                 # both stages, about 16 minutes on two cores; continues where it stopped
+    python -m shapes.pretrain                 # shapes/editor/: a VAE, then flow matching on clean single edits
+    python -m shapes.pretrain --only judge    # shapes/judge/: a vision-language model that learns to score that editor's edits
+    python -m shapes.pretrain --only report   # how well the judge does, in each of its modes
 
-The result is a FluxKontextPipeline folder: FluxTransformer2DModel, AutoencoderKL, CLIP and T5 text encoders, all tiny.
+The editor is a FluxKontextPipeline folder: FluxTransformer2DModel, AutoencoderKL, CLIP and T5 text encoders, all tiny.
 It is an honest base model: it sees clean single edits only, never its own outputs, so it is good at one edit and
-falls apart over three by itself. Nothing but the number of steps decides how good it gets.
+falls apart over three by itself. Nothing but the number of steps decides how good it gets. The judge is a
+LLaVA folder (CLIP vision tower, Llama), labelled by the exact judge, half on the editor's own outputs.
 """
 import argparse
 import json
 import os
 import random
+import re
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
+import reward
 from shapes import world
 
 HERE = Path(__file__).parent
@@ -222,20 +229,323 @@ def train_flow(work, vae, steps, n_dialogues=20000, batch=128, lr=2e-3):
     return pipe
 
 
+# ------------------------------------------------------------------------------------------------------------ judge
+
+TRAINED_ON = tuple(o for o in world.CONTENTS[1:] if o not in world.HELD_OUT)
+THINK = '{"score":'                                            # one token, so that the word-level tokenizer's answers are JSON
+KINDS = [(scoring, name, reasoning) for scoring in reward.RUBRICS for name in ("following", "consistency") for reasoning in ("direct", "think")]
+
+
+def botch(rng, scenes):
+    """The pictures of a careless editor's dialogue: (K + 1, 48, 48, 3) uint8.
+
+    Each turn is done right, or not at all, or half, or to the wrong thing, or with side effects; blur, noise and colour
+    casts come on top and stay, since every turn starts from the picture before it.
+    """
+    cut = lambda x: x.reshape(3, 16, 3, 16, 3).transpose(0, 2, 1, 3, 4).reshape(9, 16, 16, 3)
+    draw = lambda scene: cut(world.render([scene])[0]).astype(np.float32)
+    other = lambda old: rng.choice([o for o in TRAINED_ON if old is None or sum(a == b for a, b in zip(o, old)) == rng.randint(0, 2)] or TRAINED_ON)
+    actual, pixels, pictures = scenes[0], draw(scenes[0]), []
+    for before, want in zip([None, *scenes], scenes):
+        if before:
+            cells, ground, half = list(actual.cells), actual.background, 1.
+            places = [i for i in range(9) if before.cells[i] != want.cells[i]]
+            outcome = rng.choices(["right", "nothing", "half", "wrong", "elsewhere", "side effects"], [50, 12, 10, 12, 8, 14])[0]
+            if outcome != "nothing":
+                for i in places:
+                    cells[i] = want.cells[i]
+                ground = want.background if before.background != want.background else ground
+            if outcome == "half":
+                half = rng.uniform(.2, .8)
+                if len(places) > 1 and rng.random() < .5:      # moved, but still there; or gone, but nowhere else
+                    half, i = 1., rng.choice(places)
+                    cells[i] = actual.cells[i]
+            elif outcome == "wrong":
+                for i in rng.sample(places, min(len(places), 1)):
+                    cells[i] = rng.choice([other(want.cells[i]), None, other(want.cells[i])])
+                ground = rng.choice(list(world.BACKGROUNDS)) if not places else ground
+            elif outcome in ("elsewhere", "side effects"):
+                for i in rng.sample([i for i in range(9) if i not in places], rng.randint(1, 2)):
+                    cells[i] = rng.choice([None, other(cells[i]), other(None)])
+                if outcome == "elsewhere":
+                    for i in places:
+                        cells[i] = actual.cells[i]
+                elif rng.random() < .2:
+                    ground = rng.choice(list(world.BACKGROUNDS))
+            new, old = world.Scene(ground, tuple(cells)), actual
+            moved = np.array([ground != old.background or cells[i] != old.cells[i] for i in range(9)])[:, None, None, None]
+            pixels, actual = np.where(moved, half * draw(new) + (1 - half) * pixels, pixels), new
+            if rng.random() < .35:                             # blur, some cells or all of them
+                soft = sum(np.roll(pixels, (i, j), (1, 2)) for i in (-1, 0, 1) for j in (-1, 0, 1)) / 9
+                hit = np.array([rng.random() < rng.choice([.2, 1.]) for _ in range(9)])[:, None, None, None]
+                pixels = np.where(hit, pixels + rng.uniform(.1, 1) * (soft - pixels), pixels)
+            noise = np.random.default_rng(rng.getrandbits(32))
+            if rng.random() < .5:
+                pixels = pixels + rng.uniform(0, 14) * noise.standard_normal(pixels.shape) + rng.choice([0, 0, 8]) * noise.standard_normal(3)
+            pixels = pixels.clip(0, 255)
+        pictures.append(pixels.reshape(3, 3, 16, 16, 3).transpose(0, 2, 1, 3, 4).reshape(48, 48, 3))
+    return np.stack(pictures).round().astype(np.uint8)
+
+
+def edits(work, part, split, start, n):
+    """n dialogues of three edits and their pictures (n, 4, 3, 48, 48) uint8, kept on disk: of the base editor, or botched by hand.
+
+    The editor samples as in training (stochastic windows too) and as in evaluation, with 6 to 8 steps.
+    """
+    import data
+    import model
+    from rollout import rollout
+    tasks, file = data.load_shapes(split, 3, n, start), work / f"edits-{part}-{split}-{start}-{n}.pt"
+    if not file.exists():
+        if part == "editor":
+            editor, images, rng = model.load(str(HERE / "editor")), [], random.Random(start)
+            for first in tqdm(range(0, n, 50), desc=f"{part} {start}"):
+                noise = dict(eta=.8, window=3, start=rng.randint(0, 2)) if split == "train" and rng.random() < .5 else {}
+                steps = rng.choice([6, 8]) if split == "train" else 8
+                images.append(rollout(editor, tasks[first:first + 50], 1, 3, steps, (start, first), keep=False, **noise).images)
+            images = torch.cat(images)
+        else:
+            images = torch.from_numpy(np.stack([botch(random.Random(f"botch {start + i}"), task.meta["scenes"]) for i, task in enumerate(tasks)]))
+            images = images.permute(0, 1, 4, 2, 3).contiguous()
+        torch.save(images, file.with_suffix(".tmp"))
+        os.replace(file.with_suffix(".tmp"), file)
+    return tasks, torch.load(file, weights_only=True)
+
+
+def describe(content):
+    return "nothing" if content is None else " ".join((content.color, content.material, content.shape))
+
+
+def look(tasks, images):
+    """What the exact judge says of every turn, and of the whole: {scoring: (n, K or 1, 2) scores}, {scoring: [[two texts]]}."""
+    n, K = len(tasks), images.shape[1] - 1
+    pictures = images.permute(0, 1, 3, 4, 2).numpy()
+    scores, texts = {}, {}
+    grounds, names = list(world.BACKGROUNDS), list(world.CONTENTS)
+    for scoring, turns in (("turn", [(k, k + 1) for k in range(K)]), ("trajectory", [(0, K)])):
+        scores[scoring], texts[scoring] = np.full((n, len(turns), 2), np.nan, np.float32), [[None] * len(turns) for _ in range(n)]
+        for column, (a, b) in enumerate(turns):
+            rows = [i for i in range(n) if tasks[i].meta["scenes"][a] != tasks[i].meta["scenes"][b]]       # edits that undo each other
+            told = [tasks[i].meta["scenes"][:b + 1] if scoring == "turn" else tasks[i].meta["scenes"][::K] for i in rows]
+            _, following, consistency = world.judge(pictures[rows, b], pictures[rows, a], told)
+            scores[scoring][rows, column] = np.stack([following, consistency], 1)
+            (ground, seen, distance, _), (ground_0, seen_0, _, _) = world.read(pictures[rows, b]), world.read(pictures[rows, a])
+            for j, (i, scenes) in enumerate(zip(rows, told)):
+                first, before, want = scenes[0], scenes[-2], scenes[-1]
+                did, kept = [], []
+                for c in range(9):
+                    now = describe(names[seen[j, c]]) if seen[j, c] >= 0 else "blur"
+                    if before.cells[c] != want.cells[c]:
+                        error = distance[j, c, names.index(want.cells[c])]
+                        did.append(f"{world.PLACES[c]} wanted {describe(want.cells[c])} seen {now} "
+                                   + ("sharp" if error < .002 else "soft" if error < .006 else "bad"))
+                    elif (first.cells[c] if first.cells[c] == before.cells[c] else names[seen_0[j, c]] if seen_0[j, c] >= 0 else None) \
+                            != (names[seen[j, c]] if seen[j, c] >= 0 else 0):
+                        kept.append(world.PLACES[c])
+                now = grounds[ground[j]] if ground[j] >= 0 else "blur"
+                if before.background != want.background:
+                    did.append(f"background wanted {want.background} seen {now}")
+                elif now != (first.background if first.background == before.background else grounds[ground_0[j]]):
+                    kept.append("background")
+                blur = np.median(distance[j].min(1))
+                texts[scoring][i][column] = (" ".join(did), f"changed {' '.join(kept) or 'nothing'} "
+                                             + ("sharp" if blur < .002 else "soft" if blur < .006 else "bad"))
+    return scores, texts
+
+
+def build_judge():
+    """The untrained judge, a LLaVA whose image tokens are the cells of the grid, and its processor with a tokenizer of words."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    asked = [text for rubrics in reward.RUBRICS.values() for text in rubrics.values()] + list(reward.ANSWERS.values())
+    phrases = sorted({part.strip() for text in asked for part in re.split("{instructions?}", text)})        # one token each: half the work
+    texts = asked + [text for instructions, _, _ in world.dialogues("train", 5000, 3) for text in instructions]
+    texts += ["wanted seen nothing blur sharp soft bad changed background", *map(describe, world.CONTENTS), *world.PLACES, *world.BACKGROUNDS]
+    split = pre_tokenizers.Split(Regex(r"[^\w<>/]+"), "removed")
+    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text.lower())} - set("0123456789"))
+    words = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "<answer>", *"0123456789", THINK, "}", *words]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), split
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+                                        additional_special_tokens=["<image>", "<answer>"], padding_side="left")
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
+    pictures = CLIPImageProcessorPil(size={"height": world.SIZE, "width": world.SIZE}, do_center_crop=False,
+                                     image_mean=[.5] * 3, image_std=[.5] * 3)
+    template = ("{{ bos_token }}{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"
+                "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% else %}<image>{% endif %}{% endfor %}"
+                "{% endif %}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}")
+    processor = LlavaProcessor(pictures, tokenizer, patch_size=world.CELL, vision_feature_select_strategy="default",
+                               num_additional_image_tokens=1, chat_template=template)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=dict(model_type="clip_vision_model", hidden_size=192, intermediate_size=768, num_hidden_layers=1, num_attention_heads=6,
+                           image_size=world.SIZE, patch_size=world.CELL, projection_dim=192),
+        text_config=dict(model_type="llama", hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+                         vocab_size=len(tokenizer), max_position_embeddings=512, pad_token_id=0, bos_token_id=2, eos_token_id=3),
+        vision_feature_layer=-1, image_seq_length=9, image_token_id=words.index("<image>"), pad_token_id=0, eos_token_id=3))
+    model.generation_config.update(pad_token_id=0, bos_token_id=2, eos_token_id=3, do_sample=True)
+    return model, processor
+
+
+class Questions:
+    """Random questions with the answers that the exact judge would give, as token ids."""
+
+    def __init__(self, tokenizer, parts):
+        self.tokenizer, self.word = tokenizer, tokenizer.convert_tokens_to_ids
+        self.tasks = [[t for t in tasks] for tasks, _, _, _ in parts]
+        self.images, self.scores, self.texts = zip(*[(images, scores, texts) for _, images, scores, texts in parts])
+        self.ask = {(scoring, reasoning): reward.VLMJudge("", "", reward.RUBRICS[scoring], scoring, reasoning, 1, 0., 1, None).prompt
+                    for scoring in reward.RUBRICS for reasoning in ("direct", "think")}
+
+    def draw(self, rng, kind, n):
+        """n questions of a kind -> ids, mask, labels (n, L), pixels (n * pictures, 3, 48, 48), score (n,) in 0..9; left-padded."""
+        scoring, name, reasoning = kind
+        rows, pixels, marks = [], [], []
+        while len(rows) < n:
+            part = rng.randrange(len(self.tasks))
+            i, column = rng.randrange(len(self.tasks[part])), rng.randrange(self.scores[part][scoring].shape[1])
+            score = self.scores[part][scoring][i, column, int(name == "consistency")]
+            if np.isnan(score):
+                continue
+            k = column if scoring == "turn" else 2
+            pictures, text = self.ask[scoring, reasoning](name, self.images[part][i, :k + 2], self.tasks[part][i].instructions[:k + 1])
+            said = [] if reasoning == "direct" else self.texts[part][scoring][i][column][name == "consistency"].split() + [THINK]
+            answer = [self.word(w) for w in said] + [self.word(str(round(9 * float(score))))] + [self.word("}")] * (reasoning == "think") + [self.word("</s>")]
+            prompt = [self.word("<s>")] + [self.word("<image>")] * 9 * len(pictures)
+            prompt += self.tokenizer(text, add_special_tokens=False).input_ids + [self.word("<answer>")]
+            rows.append((prompt, answer)), pixels.append(pictures), marks.append(9 * float(score))
+        L = max(len(p) + len(a) for p, a in rows)
+        ids, labels = torch.zeros(n, L, dtype=torch.long), torch.full((n, L), -100)
+        for i, (p, a) in enumerate(rows):
+            ids[i, L - len(p) - len(a):], labels[i, L - len(a):] = torch.tensor(p + a), torch.tensor(a)
+        place = L - 2 - (reasoning == "think")                              # of the digit, in every row
+        mark = torch.tensor(marks)
+        return ids, (ids != 0).long(), labels, torch.cat(pixels).float() / 127.5 - 1, place, mark
+
+
+def train_judge(work, steps, batch=32, lr=2e-3, dialogues=4000):
+    """Cross-entropy on the answers; a score between two digits asks for both in proportion, so that the expectation is the score.
+
+    A linear reader of the image tokens, thrown away later, learns what is in each cell: without it most of the training
+    goes by before the vision tower has found out what there is to see.
+    """
+    model, processor = build_judge()
+    model.set_attn_implementation("eager")                     # a third faster than the others, backward on a CPU in bfloat16
+    tokenizer = processor.tokenizer
+    parts = []
+    for part, start in [(part, 2 * 10 ** 6 + start) for start in range(0, dialogues, 500) for part in ("editor", "botched")]:
+        tasks, images = edits(work, part, "train", start, 500)
+        parts.append((tasks, images, *look(tasks, images)))
+    questions = Questions(tokenizer, parts)
+    reader = torch.nn.Linear(128, len(world.CONTENTS) + len(world.BACKGROUNDS))
+    params = {**dict(model.named_parameters()), **{f"reader.{n}": p for n, p in reader.named_parameters()}}
+    hidden = [n for n, p in params.items() if ".layers." in n and p.ndim == 2]
+    optimizers = [torch.optim.AdamW([p for n, p in params.items() if n not in hidden], lr, betas=(.9, .99), weight_decay=1e-2),
+                  torch.optim.Muon([params[n] for n in hidden], lr, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw")]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: min((i + 1) / 100, 1.02 - i / steps)) for o in optimizers]
+    state, first = work / "judge.pt", 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"]), reader.load_state_dict(saved["reader"])
+        for part, value in zip(optimizers + schedules, saved["optimizers"] + saved["schedules"]):
+            part.load_state_dict(value)
+        first = saved["step"]
+    seen = {}
+    model.train()
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc="judge")
+    for step in bar:
+        rng = random.Random(f"judge {step}")
+        for kind in KINDS[:4] if step % 4 else KINDS:
+            ids, mask, labels, x, place, mark = questions.draw(rng, kind, batch if kind[0] == "turn" else batch // 2)
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model.model(input_ids=ids, attention_mask=mask, pixel_values=x)
+                logits = model.lm_head(out.last_hidden_state[:, :-1][labels[:, 1:] != -100]).float()
+                cells = reader(out.image_hidden_states).float()
+            target = labels[:, 1:][labels[:, 1:] != -100]
+            digit = (torch.where(labels[:, 1:] != -100, torch.arange(ids.shape[1] - 1), -1) == place - 1)[labels[:, 1:] != -100]
+            logp = logits.log_softmax(-1)
+            zero, low = tokenizer.convert_tokens_to_ids("0"), mark.floor().clamp(max=8)
+            score_loss = -((low + 1 - mark) * logp[digit].gather(1, (zero + low.long())[:, None])[:, 0]
+                           + (mark - low) * logp[digit].gather(1, (zero + low.long() + 1)[:, None])[:, 0]).mean()
+            word_loss = torch.nn.functional.nll_loss(logp[~digit], target[~digit])
+            pictures = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+            ground, contents, _, _ = world.read(pictures)
+            cells = cells.view(len(x), 9, -1)
+            read_loss = torch.nn.functional.cross_entropy(cells[..., :109].flatten(0, 1), torch.from_numpy(contents).flatten(), ignore_index=-1) \
+                + torch.nn.functional.cross_entropy(cells[..., 109:].mean(1), torch.from_numpy(ground), ignore_index=-1)
+            (score_loss + word_loss * (kind[2] == "think") + .1 * word_loss * (kind[2] == "direct") + .3 * read_loss).backward()
+            for name, value in (("read", read_loss), ("-".join(kind), score_loss), ("words " + kind[1], word_loss)):
+                seen[name] = .98 * seen.get(name, value.item()) + .02 * value.item()
+        torch.nn.utils.clip_grad_norm_(params.values(), 1)
+        for part in optimizers + schedules:
+            part.step()
+        for o in optimizers:
+            o.zero_grad()
+        if step % 50 == 0:
+            bar.write(f"{step} " + " ".join(f"{n} {v:.3f}" for n, v in seen.items()))
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            save(state, model=model.state_dict(), reader=reader.state_dict(), step=step + 1,
+                 optimizers=[o.state_dict() for o in optimizers], schedules=[s.state_dict() for s in schedules])
+    return model.eval(), processor
+
+
+def auc(score, good):
+    """How often a good one scores higher than a bad one (ties count half): area under the ROC curve."""
+    above = (score[good][:, None] > score[~good]) + .5 * (score[good][:, None] == score[~good])
+    return above.mean()
+
+
+def report_judge(folder, work, n=200, votes=4, temperature=.7):
+    """The judge against the exact one, on n test tasks (with objects never trained on) after the base editor's three turns.
+
+    Per way of asking and reward: correlation, AUC (following: of exact success; consistency: of more than the exact median),
+    bias (mean difference), spread (standard deviation of a single vote around its question's mean), seconds per 1,000 judgements.
+    """
+    tasks, images = edits(work, "editor", "test", 0, n)
+    exact = torch.stack([reward.ExactJudge()(tasks, images[:, :k + 2], k) for k in range(3)], 1).flatten(0, 1).numpy()       # (3 n, 3)
+    lines = ["reasoning  votes  reward       corr    AUC    bias  spread  failed  s / 1,000"]
+    for reasoning, count, heat in (("logits", 1, 0.), ("direct", 1, 0.), ("direct", votes, temperature), ("think", 1, 0.), ("think", votes, temperature)):
+        judge = reward.load(str(folder), reasoning=reasoning, temperature=heat)
+        start, draws = time.process_time(), []
+        for vote in range(count):
+            judge.version = vote                                       # the draws are a function of the question and of this
+            draws.append(torch.stack([judge(tasks, images[:, :k + 2], k) for k in range(3)], 1).flatten(0, 1).numpy())
+        seconds, draws = time.process_time() - start, np.stack(draws)                                                          # (votes, 3 n, 2)
+        score = np.nanmean(draws, 0)
+        for m, name in enumerate(judge.names):
+            ok = ~np.isnan(score[:, m])
+            good = exact[:, 2] > 0 if name == "following" else exact[:, 1] > np.median(exact[:, 1])
+            spread = f"{np.sqrt(np.nanvar(draws[..., m], 0, ddof=1).mean()):7.3f}" if count > 1 else "      -"
+            corr = np.corrcoef(score[ok, m], exact[ok, m])[0, 1] if score[ok, m].std() else np.nan
+            lines.append(f"{reasoning:<9}  {count:>5}  {name:<11} {corr:6.3f} {auc(score[ok, m], good[ok]):6.3f} {(score[ok, m] - exact[ok, m]).mean():+7.3f} "
+                         f"{spread} {np.isnan(draws[..., m]).mean():7.3f} {seconds / (count * 3 * n * 2) * 1000:10.1f}")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "editor", help="folder of the finished editor")
-    parser.add_argument("--work", type=Path, default=Path("out/pretrain"), help="folder of checkpoints and cached latents")
+    parser.add_argument("--only", default="editor", choices=["editor", "judge", "report"], help="what to train, or the report on the judge")
+    parser.add_argument("--out", type=Path, help="folder of the finished model (default: shapes/editor or shapes/judge)")
+    parser.add_argument("--work", type=Path, default=Path("out/pretrain"), help="folder of checkpoints and cached pictures")
     parser.add_argument("--vae-steps", type=int, default=5000, help="steps of the VAE, 16 pictures each")
     parser.add_argument("--flow-steps", type=int, default=660, help="steps of the editor, 128 edits each; more make a better base")
+    parser.add_argument("--judge-steps", type=int, default=2000, help="steps of the judge, 128 questions each")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    vae = train_vae(args.work, args.vae_steps)
-    print("VAE: scenes read back %.3f, cells %.4f, distance %.6f" % read_back(vae))
-    pipe = train_flow(args.work, vae, args.flow_steps)
-    pipe.to(torch.float16).save_pretrained(args.out)       # half the size; loaded as float32
-    print(f"{args.out} written after {(time.perf_counter() - start) / 60:.1f} minutes; python eval.py --model {args.out} measures it")
+    start, out = time.perf_counter(), args.out or HERE / ("editor" if args.only == "editor" else "judge")
+    if args.only == "editor":
+        vae = train_vae(args.work, args.vae_steps)
+        print("VAE: scenes read back %.3f, cells %.4f, distance %.6f" % read_back(vae))
+        pipe = train_flow(args.work, vae, args.flow_steps)
+        pipe.to(torch.float16).save_pretrained(out)            # half the size; loaded as float32
+        print(f"{out} written after {(time.perf_counter() - start) / 60:.1f} minutes; python eval.py --model {out} measures it")
+    if args.only == "judge":
+        judge, processor = train_judge(args.work, args.judge_steps)
+        judge.to(torch.float16).save_pretrained(out), processor.save_pretrained(out)
+        print(f"{out} written after {(time.perf_counter() - start) / 60:.1f} minutes")
+    if args.only != "editor":
+        print(report_judge(out, args.work))
 
 
 if __name__ == "__main__":

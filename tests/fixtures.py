@@ -198,7 +198,7 @@ class Judge:
 
     `edit(r, tasks, k)` may spoil them. Refuses tasks that do not belong to the pictures they come with.
     """
-    names, weights = ["following", "consistency"], [.5, .5]
+    names, weights, words = ["following", "consistency"], [.5, .5], ""
 
     def __init__(self, edit=None):
         self.edit, self.calls = edit, []

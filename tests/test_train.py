@@ -46,7 +46,7 @@ def config(out="unused", algo="grpo", **changes):
 def judge(monkeypatch):
     """A cheap judge in place of the exact one, and 64 tasks to choose from; set judge.edit to spoil its rewards."""
     judge, plain = Judge(), train.data.load
-    monkeypatch.setattr(reward, "load", lambda *_: judge)
+    monkeypatch.setattr(reward, "load", lambda *_, **__: judge)
     monkeypatch.setattr(train.data, "load", lambda *args, **more: plain(*args[:4], limit=64))
     return judge
 
@@ -622,6 +622,11 @@ IMPOSSIBLE = {      # what is typed, what the one line must say
     "weights all zero": (dict(weights="0,0,0"), "--weights '0,0,0' .*not all 0"),
     "weights no numbers": (dict(weights="a,b,c"), "--weights 'a,b,c' .*numbers"),
     "no judge": (dict(judge="/nowhere"), "/nowhere.*neither"),
+    "no server": (dict(judge="http://localhost:9/v1#m"), "localhost:9.*does not answer"),
+    "an exact judge that thinks": (dict(reasoning="think"), "--reasoning think .*--judge exact"),
+    "votes without chance": (dict(judge="J", reasoning="think", votes=4), "--votes 4 .*--temperature 0"),
+    "one score for all turns, spread by turn": (dict(judge="J", scoring="trajectory", spread="turn"), "trajectory.*--spread turn"),
+    "one score for all turns, the least of them": (dict(judge="J", scoring="trajectory", spread="trajectory", aggregate="min"), "--aggregate min"),
     "no data": (dict(data="/nowhere.jsonl"), "/nowhere.jsonl.*no such file"),
     "no editor": (dict(model="/nowhere"), "/nowhere.*no editor"),
     "no lora": (dict(lora="/nowhere"), "/nowhere"),

@@ -1,0 +1,389 @@
+"""Judges behind a server: one that misbehaves in every way (written here), and a real one (transformers serve)."""
+import base64
+import importlib.util
+import io
+import json
+import math
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import reward
+import train
+from fixtures import ROOT, editor_folder, make_tasks, run_script
+from rollout import Task
+from shapes import world
+
+KEY = "sk-never-to-be-told"
+
+
+class Server(ThreadingHTTPServer):
+    """Scores a picture by the digit in its first pixel's red; `spoil(body, n)` may answer otherwise for the n-th call.
+
+    It returns None to go on, a number to send that HTTP status, text to say that, or bytes to send those as they are.
+    """
+    daemon_threads, request_queue_size = True, 128
+
+    def __init__(self, spoil=lambda body, digit, n: None, models=("tiny",), logprobs=True):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.spoil, self.models, self.logprobs = spoil, models, logprobs
+        self.lock, self.bodies, self.headers, self.busy, self.most_busy = threading.Lock(), [], [], 0, 0
+        threading.Thread(target=self.serve_forever, args=(.01,), daemon=True).start()
+        self.spec = f"http://127.0.0.1:{self.server_port}/v1#tiny"
+
+    def handle_error(self, request, client_address):
+        pass                                                     # clients that have gone
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+    def asked(self):
+        """The calls after the one that load() makes."""
+        return self.bodies[1:]
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.server.headers.append(self.headers)
+        self.reply(json.dumps({"data": [{"id": name} for name in self.server.models]}).encode())
+
+    def do_POST(self):
+        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        *pictures, text = body["messages"][0]["content"]
+        body["pictures"] = [decode(p["image_url"]["url"]) for p in pictures]
+        digit = int(body["pictures"][-1][0, 0, 0]) % 10
+        with server.lock:
+            n = len(server.bodies)
+            server.bodies.append(body), server.headers.append(self.headers)
+            server.busy += 1
+            server.most_busy = max(server.most_busy, server.busy)
+        spoilt = server.spoil(body, digit, n) if n else None
+        with server.lock:
+            server.busy -= 1
+        if isinstance(spoilt, int):
+            return self.reply(json.dumps({"error": {"message": f"no {spoilt} for {KEY}\nsecond line"}}).encode(), spoilt)
+        if isinstance(spoilt, bytes):
+            self.wfile.write(spoilt)
+            return self.connection.close()
+        thinks = text["text"].endswith(reward.ANSWERS["think"])
+        said = spoilt if isinstance(spoilt, str) else f'I see. {{"score": {digit}}}' if thinks else str(digit)
+        choice = {"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
+        if body.get("logprobs") and server.logprobs:
+            likeliest = [{"token": token, "logprob": math.log(p)} for token, p in ((str(digit), .5), (f" {digit}", .25), ("A", .2))]
+            choice["logprobs"] = {"content": [{"token": said[0], "logprob": -.5, "top_logprobs": likeliest}]}
+        if isinstance(spoilt, dict):
+            choice = spoilt
+        self.reply(json.dumps({"choices": [choice]}).encode())
+
+    def reply(self, content, status=200):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def decode(url):
+    kind, content = url.split(",")
+    assert kind == "data:image/png;base64"
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(base64.b64decode(content))))).permute(2, 0, 1)
+
+
+def prompts(n=20, seed=0):
+    pictures = torch.randint(0, 250, (n, 2, 3, 9, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return [(p, f"question {i}\n{reward.DIGIT}") for i, p in enumerate(pictures)]
+
+
+def digits(asked):
+    return torch.tensor([int(p[-1, 0, 0, 0]) % 10 for p, _ in asked])
+
+
+def scores(judge, asked):
+    return torch.tensor([score for score, _ in judge.score(asked)])
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(reward, "PAUSE", .001)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+# ---------------------------------------------------------------------------------------------------------- what is sent
+
+def test_answers_that_come_out_of_order_go_to_their_own_rows():
+    """Scores in the order in which the server finished; one call at a time; more calls at a time than were allowed."""
+    rng = random.Random(0)
+    with Server(lambda *_: time.sleep(rng.random() * .03)) as server:
+        judge, asked = reward.load(server.spec, reasoning="direct", judge_workers=6), prompts(40)
+        assert torch.allclose(scores(judge, asked), digits(asked) / 9)
+        assert 2 <= server.most_busy <= 6 and len(server.asked()) == 40 and judge.words == ""
+        sent = {body["messages"][0]["content"][-1]["text"]: body for body in server.asked()}
+        for pictures, text in asked:                             # PNG: not one bit is lost
+            assert torch.equal(torch.stack(sent[text]["pictures"]), pictures) and sent[text]["model"] == "tiny"
+            assert sent[text]["temperature"] == 0 and "logprobs" not in sent[text] and "seed" not in sent[text]
+
+
+def test_logits_come_from_the_likeliest_tokens():
+    """The generated digit taken in place of the expectation, " 7" and "7" taken for two tokens, other tokens for 0."""
+    with Server() as server:
+        judge, asked = reward.load(server.spec), prompts()
+        assert torch.allclose(scores(judge, asked), digits(asked) / 9, atol=1e-6)
+        assert all(body["logprobs"] and body["top_logprobs"] == 20 and body["max_tokens"] == 1 for body in server.asked())
+        spread = [(" 3", .3), ("3", .1), ("8", .4), ("\u0663", .1), ("9th", .05), ("-", .05)]
+        server.spoil = lambda *_: {"logprobs": {"content": [{"top_logprobs": [
+            {"token": token, "logprob": math.log(p)} for token, p in spread]}]}}
+        (score, text), = judge.score(prompts(1, seed=1))
+        assert score == pytest.approx((.4 * 3 + .4 * 8) / .8 / 9) and "3: 0.50" in text and "80.0% of all" in text
+
+
+def test_a_server_without_likeliest_tokens_is_told_of_and_its_digits_are_taken(capsys):
+    """Logits asked for, something else done, and nobody says so."""
+    with Server(logprobs=False) as server:
+        judge, asked = reward.load(server.spec), prompts()
+        assert "gives no top_logprobs" in capsys.readouterr().err and judge.reasoning == "direct"
+        assert torch.allclose(scores(judge, asked), digits(asked) / 9)
+
+
+def test_votes_have_seeds_of_their_own():
+    """Votes that a server with seeds draws all alike; the order of votes and rows mixed up."""
+    votes = {}
+
+    def spoil(body, digit, n):
+        text = body["messages"][0]["content"][-1]["text"]
+        votes.setdefault(text, []).append(body["seed"])
+        return f'x {{"score": {(digit + body["seed"] % 3) % 10}}}'
+    with Server(spoil) as server:
+        judge = reward.load(server.spec, reasoning="think", votes=3, temperature=.7, judge_workers=4)
+        asked = prompts(6)
+        want = [sum((d + v) % 10 for v in range(3)) / 27 for d in digits(asked).tolist()]
+        assert scores(judge, asked).tolist() == pytest.approx(want)
+        assert all(len({seed % 3 for seed in seeds}) == 3 for seeds in votes.values()) and len(votes) == 6
+        assert all(body["temperature"] == .7 for body in server.asked())
+
+
+def test_the_key_goes_to_the_server_and_nowhere_else(monkeypatch, capsys, tmp_path):
+    """A key in an error message, in the cache or in a file of the run; or sent on to where a server redirects."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with Server() as other, Server() as server:
+        cache = tmp_path / "cache"
+        judge = reward.load(server.spec, reasoning="direct", judge_cache=str(cache))
+        scores(judge, prompts(3))
+        assert all(h["Authorization"] == f"Bearer {KEY}" for h in server.headers)
+        server.spoil = lambda *_: 401
+        assert scores(judge, prompts(3, seed=1)).isnan().all()
+        said = capsys.readouterr()
+        assert "no 401 for ***" in judge.words and KEY not in said.err + said.out + judge.words
+        assert KEY.encode() not in b"".join(f.read_bytes() for f in tmp_path.iterdir())
+        moved = f"HTTP/1.0 302 Found\r\nLocation: http://127.0.0.1:{other.server_port}/v1/models\r\n\r\n".encode()
+        server.spoil = lambda *_: moved
+        scores(judge, prompts(1, seed=2))
+        assert other.headers and all(KEY not in str(h) for h in other.headers)
+
+
+# -------------------------------------------------------------------------------------------------------- what goes wrong
+
+def half(body, digit, n):
+    return b"HTTP/1.0 200 OK\r\nContent-Length: 5000\r\n\r\n{\"choices\": [{\"mess"
+
+
+FAULTS = {
+    "500": (lambda *_: 500, "HTTP 500: .*no 500 for", reward.TRIES), "503": (lambda *_: 503, "HTTP 503", reward.TRIES),
+    "429": (lambda *_: 429, "HTTP 429", reward.TRIES), "400 is final": (lambda *_: 400, "HTTP 400", 1),
+    "garbage": (lambda *_: "I like it", "not one number: 'I like it'", reward.TRIES),
+    "out of range": (lambda *_: "10", "10.0 is no number from 0 to 9", reward.TRIES),
+    "no JSON": (lambda *_: b"HTTP/1.0 200 OK\r\n\r\n<html>", "JSONDecodeError", reward.TRIES),
+    "another JSON": (lambda *_: b'HTTP/1.0 200 OK\r\n\r\n{"choices": []}', "no chat completion", reward.TRIES),
+    "JSON of nothing": (lambda *_: b"HTTP/1.0 200 OK\r\n\r\nnull", "no chat completion", reward.TRIES),
+    "no content": (lambda *_: {"message": {"content": None}, "finish_reason": "stop"}, "not one number", reward.TRIES),
+    "cut off while thinking": (lambda *_: {"message": {"content": None}, "finish_reason": "length"}, "still thinking", reward.TRIES),
+    "half an answer": (half, "IncompleteRead", reward.TRIES), "hung up": (lambda *_: b" ", "BadStatusLine", reward.TRIES),
+    "slow": (lambda *_: time.sleep(.5), "(?i)time", reward.TRIES)}
+
+
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_a_call_that_goes_wrong_is_tried_again_and_is_then_nan_in_its_row_only(fault, capsys):
+    """A failure that counts as 0, is clamped, moves other rows, is never tried again, or is tried for ever."""
+    spoil, words, tries = FAULTS[fault]
+    asked = prompts(8)
+    bad = {text for _, text in asked[2:4]}
+    with Server(lambda body, *rest: spoil(body, *rest) if body["messages"][0]["content"][-1]["text"] in bad else None) as server:
+        judge = reward.load(server.spec, reasoning="direct", judge_workers=3, judge_timeout=.2 if fault == "slow" else 30.)
+        got = scores(judge, asked)
+        assert got.isnan().tolist() == [2 <= i < 4 for i in range(8)]
+        keep = ~got.isnan()
+        assert torch.allclose(got[keep], digits(asked)[keep] / 9)
+        assert len(server.asked()) == 6 + 2 * tries
+        assert re.search(words, judge.words) and "\n" not in judge.words and "2 of 8 calls" in capsys.readouterr().err
+
+
+def test_a_fault_that_passes_costs_nothing(capsys):
+    """One hiccup of a busy server, and the score is gone."""
+    count = {}
+
+    def spoil(body, digit, n):
+        text = body["messages"][0]["content"][-1]["text"]
+        count[text] = count.get(text, 0) + 1
+        return (500, "what?", None)[count[text] - 1]
+    with Server(spoil) as server:
+        judge, asked = reward.load(server.spec, reasoning="direct"), prompts()
+        assert torch.allclose(scores(judge, asked), digits(asked) / 9)
+        assert set(count.values()) == {3} and capsys.readouterr().err == "" and judge.words == ""
+
+
+def test_the_pause_between_tries_grows(monkeypatch):
+    """A server that is starting again, hammered."""
+    pauses = []
+    monkeypatch.setattr(reward, "PAUSE", 1.)
+    with Server(lambda *_: 500) as server:
+        judge = reward.load(server.spec, reasoning="direct")
+        monkeypatch.setattr(reward.time, "sleep", pauses.append)
+        assert scores(judge, prompts(1)).isnan().all()
+    assert pauses == [1., 2.]
+
+
+def test_a_server_that_is_gone_does_not_hold_up_the_run():
+    """A thousand calls that each wait and try again, after the server has died: hours until the run stops."""
+    with Server() as server:
+        judge, asked = reward.load(server.spec, reasoning="direct", judge_workers=4), prompts(60)
+        server.spoil = lambda *_: 500
+        assert scores(judge, asked).isnan().all()
+        assert reward.TRIES * 8 <= len(server.asked()) <= reward.TRIES * (8 + 4)
+        server.spoil = lambda *_: None                           # the next turn tries again
+        assert torch.allclose(scores(judge, asked), digits(asked) / 9)
+    assert scores(judge, prompts(60, seed=1)).isnan().all() and "refused" in judge.words
+
+
+def test_what_is_no_server_is_refused_in_one_line(monkeypatch):
+    """A traceback; or a run that starts and fails on every call; or a model chosen for the user out of several."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with Server(models=("a", "b")) as two, Server(models=()) as none, Server() as one:
+        monkeypatch.setattr(one, "spoil", None)
+        monkeypatch.setattr(Handler, "do_POST", lambda self: self.reply(b'{"error": "no model\\nof this name"}', 404))
+        for spec, words in ((nobody + "#m", "refused"), (nobody, "refused"), (two.spec.split("#")[0], "a, b: name one as .*/v1#MODEL"),
+                            (none.spec.split("#")[0], "no model"), (one.spec, "HTTP 404: .*no model")):
+            with pytest.raises(ValueError, match=f"^--judge {re.escape(spec)} .*{words}") as error:
+                reward.load(spec)
+            assert len(str(error.value).splitlines()) == 1
+    with Server() as one:
+        monkeypatch.undo()
+        assert reward.load(one.spec.split("#")[0]).model == "tiny"
+
+
+# ------------------------------------------------------------------------------------------------------- training with it
+
+def small_run(out, spec, **changes):
+    options = dict(model=editor_folder(), out=out, judge=spec, tasks=2, group=2, turns=2, denoise=3, window=1, train_last=1, steps=3,
+                   lora_rank=2, updates=1, val_tasks=0, save_every=1, sample_every=100, min_std=0, reasoning="direct") | changes
+    return [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))]
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def few_tasks(monkeypatch):
+    tasks = make_tasks(8)
+    monkeypatch.setattr(train.data, "load", lambda *_, **__: tasks)
+
+
+def test_a_judge_that_dies_in_the_middle_of_a_step(few_tasks, tmp_path):
+    """The run crashes, trains on noise, or loses its checkpoint; the user is not told what the server said."""
+    with Server() as server:                                     # 2 rewards x 4 rows x 2 turns = 16 calls a step
+        server.spoil = lambda body, digit, n: 503 if n > 16 + 10 else None
+        code, out, err = run_script("train.py", *small_run(tmp_path / "stops", server.spec, judge_workers=1))
+        assert code == 2 and "Traceback" not in err
+        last = err.splitlines()[-1]
+        assert re.match("train.py: step 3: the judge failed on 100% of the turns, more than --max-failed 50%; .*HTTP 503: .*no 503", last)
+        rows = metrics(tmp_path / "stops")
+        assert [row["judge/failed"] for row in rows] == [0, .5]  # turn 1 of step 2 whole, turn 2 without consistency and two more
+        assert torch.load(tmp_path / "stops/checkpoint/state.pt", weights_only=True)["step"] == 2
+    with Server(lambda *_: 503) as server:
+        code, out, err = run_script("train.py", *small_run(tmp_path / "goes on", server.spec, max_failed=1))
+        assert code == 0, err
+    rows = metrics(tmp_path / "goes on")
+    assert [row["judge/failed"] for row in rows] == [1, 1, 1] and all(row["advantage/used"] == 0 for row in rows)
+
+
+def test_the_exact_judge_looks_on(few_tasks, tmp_path):
+    """Reward hacking that nobody can see; the exact reward taken for the judge's, or trained on."""
+    with Server(lambda *_: "9") as server:                       # is pleased with everything
+        code, out, err = run_script("train.py", *small_run(tmp_path, server.spec, steps=2))
+        assert code == 0, err
+    for row in metrics(tmp_path):
+        assert row["reward/following"] == row["reward/following_turn2"] == 1
+        assert {"exact/following", "exact/consistency", "exact/success", "exact/success_turn2"} <= set(row)
+        assert row["exact/following"] < 1 and row["group_std/following"] == 0 and not any("exact" in n for n in row if "reward" in n)
+
+
+def test_scoring_the_trajectory_costs_one_call_and_reaches_every_turn(few_tasks, tmp_path):
+    """Every turn scored although the trajectory was to be; turns without a score; pictures of another turn."""
+    with Server() as server:
+        code, out, err = run_script("train.py", *small_run(tmp_path, server.spec, steps=1, scoring="trajectory", spread="trajectory"))
+        assert code == 0, err
+        assert len(server.asked()) == 2 * 4                      # 2 rewards x 4 trajectories
+        assert all(len(body["pictures"]) == 2 and "1. " in str(body["messages"]) and "2. " in str(body["messages"][0]["content"][-1])
+                   for body in server.asked())
+        sources = [torch.from_numpy(np.array(task.image)).permute(2, 0, 1) for task in make_tasks(8)]
+        assert all(any(torch.equal(body["pictures"][0], source) for source in sources) for body in server.asked())
+    row, = metrics(tmp_path)
+    assert row["judge/failed"] == 0 and row["reward/following_turn1"] == row["reward/following_turn2"] == row["reward/following"]
+
+
+# ----------------------------------------------------------------------------------------------------------- a real server
+
+SERVING = all(importlib.util.find_spec(name) for name in ("openai", "fastapi", "uvicorn"))
+
+
+@pytest.mark.skipif(not SERVING, reason="transformers serve needs openai, fastapi, uvicorn: pip install -r tests/requirements.txt")
+@pytest.mark.skipif(not (ROOT / "shapes/judge/config.json").is_file(), reason="shapes/judge is not there")
+def test_a_real_server_gives_the_scores_of_the_model_in_process(capsys, tmp_path):
+    """Pictures or words that change on the way through somebody else's server; a request that only our own stub takes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = str(ROOT / "shapes/judge")
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--device", "cpu", "--dtype",
+                                   "float32", "--port", str(port)], stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5)
+                break
+            except OSError:
+                assert server.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(.2)
+        tasks = make_tasks(3)
+        images = torch.from_numpy(np.stack([world.render(t.meta["scenes"]) for t in tasks])).permute(0, 1, 4, 2, 3)
+        images[2, 2] = images[2, 1]                              # nothing done
+        for reasoning in ("direct", "think"):
+            served = reward.load(f"http://localhost:{port}/v1#{folder}", reasoning=reasoning, judge_workers=2)
+            assert torch.equal(served(tasks, images, 1), reward.load(folder, reasoning=reasoning)(tasks, images, 1))
+        assert reward.load(f"http://localhost:{port}/v1#{folder}").reasoning == "direct"
+        assert "gives no top_logprobs" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="does not answer: HTTP 4"):
+            reward.load(f"http://localhost:{port}/v1#{folder}-another")
+    finally:
+        server.terminate()
+        server.wait(20)
