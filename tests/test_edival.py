@@ -282,7 +282,7 @@ def test_edivals_data_by_our_judges_is_always_called_a_proxy(tmp_path, monkeypat
     from test_eval import CopyEditor
     path = write_csv(tmp_path)
     monkeypatch.setattr(model, "load", lambda *_, **__: CopyEditor())
-    monkeypatch.setattr(reward, "load", lambda *_: Judge())
+    monkeypatch.setattr(reward, "load", lambda *_, **__: Judge())
     evaluation.main(["--model", "x", "--data", str(path), "--images", str(tmp_path), "--resolution", "32",
                      "--denoise", "1", "--judge", "vlm",
                      "--features", str(dino),

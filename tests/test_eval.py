@@ -472,7 +472,7 @@ def test_another_judge_scores_the_same_pictures_and_the_first_ones_scores_stay(f
     first = faulty((.7, .3), None, "--tasks 5 --probes 2")
     loads, lines = len(faulty.loads), (faulty.out / "scores.jsonl").read_text()
     nan = lambda r, tasks, k: r.index_put((torch.tensor([0]), torch.tensor([0])), torch.tensor(NAN))
-    monkeypatch.setattr(reward, "load", lambda *_: Judge(nan))
+    monkeypatch.setattr(reward, "load", lambda *_, **__: Judge(nan))
     evaluation.main(["score", "--judge", "colours", "--out", str(faulty.out)])
     evaluation.main(["report", "--out", str(faulty.out)])
     result, text = json.loads((faulty.out / "results.json").read_text()), (faulty.out / "scores.jsonl").read_text()
@@ -603,7 +603,7 @@ def test_one_editor_alone_and_several_seeds(tmp_path):
 
 def test_eval_on_pictures_of_ones_own(run, tmp_path, monkeypatch):
     """Catches: a path that only the embedded world takes; the run's picture size forgotten; a fifth of a file."""
-    monkeypatch.setattr(reward, "load", lambda *_: Judge())
+    monkeypatch.setattr(reward, "load", lambda *_, **__: Judge())
     Image.effect_noise((60, 50), 90).convert("RGB").save(tmp_path / "a.png")
     (tmp_path / "tasks.jsonl").write_text('{"image": "a.png", "instructions": ["Add a ring", "Remove the ring"]}\n'
                                           '{"image": "a.png", "instructions": ["Add a ring", "Make it night"]}\n')

@@ -400,13 +400,13 @@ def test_a_run_of_another_family(family, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(model, "load", lambda path, device, dtype, guidance, offload: tiny_editor(
         family, PIPES[family](), guidance=guidance, offload=offload))
     judge = Judge()
-    monkeypatch.setattr(train.reward, "load", lambda *_: judge)
+    monkeypatch.setattr(train.reward, "load", lambda *_, **__: judge)
     for name, size in (("a", (90, 60)), ("b", (64, 64))):
         Image.effect_noise(size, 90).convert("RGB").save(tmp_path / f"{name}.png")
     lines = ['{"image": "%s.png", "instructions": ["Make it blue", "Add a hat"]}' % name for name in "ab"] * 3
     (tmp_path / "tasks.jsonl").write_text("\n".join(lines))
     cfg = settings(data=tmp_path / "tasks.jsonl", resolution=64, steps=1, eval_denoise=2, val_tasks=1,
-                   out=tmp_path / "run", guidance=3, offload="true")
+                   out=tmp_path / "run", guidance=3, offload="true", lora_targets="all")
     train.main(cfg)
     out = capsys.readouterr().out
     linears = {"klein": 2 * 12 + 2 * 2, "plus": 2 * 12}[family]           # two double blocks, two single ones
