@@ -567,7 +567,8 @@ def arms_of(settings):
 
 def label_of(settings):
     """Who scored: part of every line of scores.jsonl."""
-    return settings["judge"] + (f" + features {settings['features']}" if settings["features"] else "")
+    asked = [f" {name}={value}" for name, value in settings["asked"].items() if name not in ("judge_workers", "judge_timeout", "judge_cache")]
+    return settings["judge"] + "".join(asked) + (f" + features {settings['features']}" if settings["features"] else "")
 
 
 def profile_of(settings):
