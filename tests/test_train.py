@@ -520,7 +520,7 @@ def test_judge_failures_are_counted_and_aligned_and_the_run_goes_on(tmp_path, ju
         given.append((A.view(B, 4, K), weight.view(B, 4, K)))
         return plain(editor, trajectory, A, weight, *rest)
     monkeypatch.setattr(train, "update", noted)
-    train.main(config(tmp_path / "clean", group=4, steps=1))
+    train.main(config(tmp_path / "clean", group=4, steps=1, spread="trajectory"))
 
     turns = {}
 
@@ -530,7 +530,7 @@ def test_judge_failures_are_counted_and_aligned_and_the_run_goes_on(tmp_path, ju
         turns[k] = r.clone()
         return r
     judge.edit = edit
-    train.main(config(tmp_path / "spoilt", group=4, steps=2))
+    train.main(config(tmp_path / "spoilt", group=4, steps=2, spread="trajectory"))
     rows = metrics(tmp_path / "spoilt")
     assert [row["judge/failed"] for row in rows] == [pytest.approx(1 / (B * 4 * K))] * 2
     for k, name in ((0, "following_turn1"), (1, "following_turn2")):
@@ -649,10 +649,10 @@ BAD_DATA = {      # the file, what the one line must say
     "no instructions": (PICTURE + '{"image": "a.png"}\n', 'line 2 lacks "instructions"'),
     "no picture": ('{"instructions": ["Add", "Remove"]}\n', 'line 1 lacks "image"'),
     "too few instructions": (PICTURE * 2 + PICTURE.replace(', "Remove it"', ""), "line 3 has 1 instructions.* 2 turns"),
-    "broken picture": (PICTURE + PICTURE.replace("a.png", "broken.png"), "line 2.*broken.png cannot be read"),
+    "broken picture": (PICTURE + PICTURE.replace("a.png", "broken.png") + PICTURE * 6, "line 2.*broken.png cannot be read"),
     "missing picture": (PICTURE.replace("a.png", "b.png"), "line 1.*b.png does not exist"),
     "no tasks": ("\n", "holds no tasks"),
-    "fewer tasks than B": (PICTURE * 3, "--tasks 4 .* 3 training tasks"),
+    "fewer tasks than B": (PICTURE * 3, "--tasks 4 .* 2 training tasks"),
     "no scenes for the exact judge": (PICTURE * 8, "exact judge.*--judge"),
 }
 
