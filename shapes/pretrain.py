@@ -56,8 +56,8 @@ def read_back(vae, n=500, seed=1):
     return right.mean(), (got == contents).mean(), distance.min(2).mean()
 
 
-def save(path, **state):
-    """Write a checkpoint whole or not at all."""
+def save(path, state):
+    """Write a checkpoint or cached data whole or not at all."""
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -93,10 +93,9 @@ def train_vae(work, steps, batch=16, lr=1.5e-3):
         if step % 20 == 0:
             bar.set_postfix(l1=f"{error.abs().mean():.4f}", mse=f"{error.square().mean():.5f}", kl=f"{kl:.2f}")
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            save(state, vae=vae.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
-                 rng=torch.get_rng_state(), step=step + 1)
+            save(state, dict(vae=vae.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
+                             rng=torch.get_rng_state(), step=step + 1))
     return vae
-
 
 
 # ------------------------------------------------------------------------------------------------------------- flow
@@ -168,7 +167,7 @@ def encode_dialogues(pipe, n, work):
     ids = [t(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.view(n, 3, -1)
            for t in (pipe.tokenizer, pipe.tokenizer_2)]
     data = (torch.cat(z).view(n, 4, 9, 64), *ids)
-    torch.save(data, cache)
+    save(cache, data)
     return data
 
 
@@ -222,8 +221,8 @@ def train_flow(work, vae, steps, n_dialogues=20000, batch=128, lr=2e-3):
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss:.4f}")
         if (step + 1) % 100 == 0:
-            save(state, parts=parts.state_dict(), ema=ema, step=step + 1, generator=generator.get_state(),
-                 optimizers=[o.state_dict() for o in optimizers], schedules=[s.state_dict() for s in schedules])
+            save(state, dict(parts=parts.state_dict(), ema=ema, step=step + 1, generator=generator.get_state(),
+                             optimizers=[o.state_dict() for o in optimizers], schedules=[s.state_dict() for s in schedules]))
     with torch.no_grad():
         torch._foreach_copy_(params, ema)
     return pipe
@@ -242,8 +241,7 @@ def botch(rng, scenes):
     Each turn is done right, or not at all, or half, or to the wrong thing, or with side effects; blur, noise and colour
     casts come on top and stay, since every turn starts from the picture before it.
     """
-    cut = lambda x: x.reshape(3, 16, 3, 16, 3).transpose(0, 2, 1, 3, 4).reshape(9, 16, 16, 3)
-    draw = lambda scene: cut(world.render([scene])[0]).astype(np.float32)
+    draw = lambda scene: world.cut(world.render([scene]))[0].astype(np.float32)
     other = lambda old: rng.choice([o for o in TRAINED_ON if old is None or sum(a == b for a, b in zip(o, old)) == rng.randint(0, 2)] or TRAINED_ON)
     actual, pixels, pictures = scenes[0], draw(scenes[0]), []
     for before, want in zip([None, *scenes], scenes):
@@ -307,8 +305,7 @@ def edits(work, part, split, start, n):
         else:
             images = torch.from_numpy(np.stack([botch(random.Random(f"botch {start + i}"), task.meta["scenes"]) for i, task in enumerate(tasks)]))
             images = images.permute(0, 1, 4, 2, 3).contiguous()
-        torch.save(images, file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)
+        save(file, images)
     return tasks, torch.load(file, weights_only=True)
 
 
@@ -485,8 +482,8 @@ def train_judge(work, steps, batch=32, lr=2e-3, dialogues=4000):
         if step % 50 == 0:
             bar.write(f"{step} " + " ".join(f"{n} {v:.3f}" for n, v in seen.items()))
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            save(state, model=model.state_dict(), reader=reader.state_dict(), step=step + 1,
-                 optimizers=[o.state_dict() for o in optimizers], schedules=[s.state_dict() for s in schedules])
+            save(state, dict(model=model.state_dict(), reader=reader.state_dict(), step=step + 1,
+                             optimizers=[o.state_dict() for o in optimizers], schedules=[s.state_dict() for s in schedules]))
     return model.eval(), processor
 
 

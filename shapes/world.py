@@ -114,6 +114,12 @@ def render(scenes):
     return np.ascontiguousarray(cells.transpose(0, 1, 3, 2, 4, 5).reshape(-1, SIZE, SIZE, 3))
 
 
+def cut(pictures):
+    """Cells of pictures, row by row: (n, 48, 48, 3) -> (n, 9, 16, 16, 3)."""
+    cells = pictures.reshape(-1, GRID, CELL, GRID, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
+    return cells.reshape(-1, GRID * GRID, CELL, CELL, 3)
+
+
 # ------------------------------------------------------------------------------------------------- scenes and edits
 
 def sample_scene(rng, allowed=CONTENTS[1:]):
@@ -233,7 +239,7 @@ def read(pictures):
     pictures = np.asarray(pictures)
     if pictures.shape[1:] != (SIZE, SIZE, 3):
         raise ValueError(f"the exact judge reads pictures of {SIZE} x {SIZE} RGB, got {pictures.shape[1:]}")
-    cells = pictures.reshape(-1, GRID, CELL, GRID, CELL, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, CELL * CELL * 3)
+    cells = cut(pictures).reshape(-1, CELL * CELL * 3)
     x, y = cells.astype(np.float32) / 255, SPRITES.reshape(-1, CELL * CELL * 3) / 255
     distance = (x ** 2).mean(1)[:, None] - 2 / x.shape[1] * x @ y.T + (y ** 2).mean(1)
     distance = distance.clip(0).reshape(-1, GRID * GRID, len(BACKGROUNDS), len(CONTENTS))
@@ -294,7 +300,6 @@ def judge(pictures, previous, scenes):
     ground_same = np.take_along_axis(background_belief, ground_target[:, None], 1)[:, 0] * ground_kept
     same = agreement(target).mean(0) * (contents == target)
     symbolic = ((same * kept).sum(1) + ground_same) / (kept.sum(1) + ground_kept).clip(1)
-    cells = np.asarray(pictures, np.float32).reshape(-1, GRID, CELL, GRID, CELL, 3).transpose(0, 1, 3, 2, 4, 5).reshape(len(want), -1, CELL, CELL, 3)
-    difference = np.abs(cells - _SPRITES_U8[ground_target[:, None], target]).mean((2, 3, 4))   # (n, 9) in 0..255
+    difference = np.abs(cut(np.asarray(pictures, np.float32)) - _SPRITES_U8[ground_target[:, None], target]).mean((2, 3, 4))   # (n, 9) in 0..255
     pixels = 1 - ((difference * kept).sum(1) / kept.sum(1).clip(1) / 64).clip(0, 1)
     return success.astype(np.float32), following.astype(np.float32), (.5 * symbolic + .5 * pixels).astype(np.float32)
