@@ -39,8 +39,9 @@ def advantages(r, weights, aggregate="mean", fuse="advantage", spread="trajector
     """Rewards r (B, G, K, M) and weights (M,) -> A (B, G, K) in [-clip, clip] and weight (B, G, K) in {0, 1}.
 
     Give the whole step's rewards, of all processes: fuse="advantage" divides by a standard deviation over the batch.
-    Weight 0 marks samples that carry no information (no valid reward); they stay in the batch, so that every process
-    runs the same number of micro-batches. A reward of weight 0 is not looked at. ValueError if a choice is unknown.
+    Weight 0 marks samples that carry no information (no valid reward): leave them out, and divide by the sum of the weights
+    over all processes, or a process with few samples would count as much as one with many. A reward of weight 0 is not
+    looked at. ValueError if a choice is unknown.
     """
     if aggregate not in AGGREGATE or fuse not in ("advantage", "reward") or spread not in ("trajectory", "turn", "togo"):
         raise ValueError(f"unknown choice among aggregate={aggregate!r}, fuse={fuse!r}, spread={spread!r}")

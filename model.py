@@ -343,6 +343,8 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
     def forward(self, x):
+        if self.base.weight.dtype == torch.float32:          # one product of x, not three; in bfloat16 W + B A would round B A away
+            return F.linear(x, self.base.weight + self.scale * (self.B @ self.A), self.base.bias)
         return self.base(x) + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
 
 

@@ -260,13 +260,16 @@ def update(editor, trajectories, A, weight, optimizer, cfg, step, rows, micro, o
     `trajectories` are one for each size of the pictures, and hold all rows of A between them.
 
     loss = sum_s w_s (1 / K W) sum_{k,i} (L + kl mean (v - v_ref)^2) / sum_s w_s, the last sum over all processes; NFT
-    takes --times random times per turn in place of the window's steps. Samples of weight 0 take part without effect.
+    takes --times random times per turn in place of the window's steps. Samples of weight 0 are left out.
     """
     K, device, params = cfg.turns, editor.device, list(editor.trained.values())
     n_inner = cfg.window if cfg.algo == "grpo" else cfg.times
+    # GRPO in bfloat16: a batch of another size may compute another log-probability, so a batch is left out as a whole or not at all
+    whole = cfg.algo == "grpo" and editor.transformer.dtype != torch.float32
     for settings in optimizer.param_groups:
         settings["lr"] = cfg.lr * min(1, step / max(1, cfg.warmup))
-    totals, norms = {}, []
+    names = ["loss", *(["log_ratio", "clip_fraction"] if cfg.algo == "grpo" else ["old_distance"]), *["kl"] * (cfg.kl > 0)]
+    totals, largest, norms = dict.fromkeys(names, 0.), [0.] * cfg.updates, []
     for u, part in enumerate(torch.arange(len(A)).split(rows)):
         total = weight[part].sum() / K
         if world > 1:
@@ -275,10 +278,15 @@ def update(editor, trajectories, A, weight, optimizer, cfg, step, rows, micro, o
         optimizer.zero_grad()
         batches = [(trajectory, batch) for trajectory in trajectories
                    for batch in torch.isin(trajectory.rows, part).nonzero().flatten().split(micro) if len(batch)]
-        for trajectory, batch in batches:
-            places, size = trajectory.rows[batch], tuple(trajectory.images.shape[3:])         # rows of A
-            keys = [(own[s // cfg.group].item(), s % cfg.group) for s in places.tolist()]     # task of the whole step, sample
+        for trajectory, micro_batch in batches:
+            size = tuple(trajectory.images.shape[3:])
             for k in range(K):
+                used = weight[trajectory.rows[micro_batch], k] > 0
+                batch = micro_batch[used.any().expand_as(used) if whole else used]
+                if not len(batch):                           # nothing in here waits for another process, so they may differ
+                    continue
+                places = trajectory.rows[batch]                                                   # rows of A
+                keys = [(own[s // cfg.group].item(), s % cfg.group) for s in places.tolist()]     # task of the whole step, sample
                 cond = trajectory.cond_rows(k, batch, device)
                 context = trajectory.context[batch, k].to(device)
                 a, w = A[places, k].to(device), weight[places, k].to(device)
@@ -301,31 +309,31 @@ def update(editor, trajectories, A, weight, optimizer, cfg, step, rows, micro, o
                         _, logp, _, _ = sde_step(v, x, trajectory.t[i].item(), trajectory.t[i + 1].item(), cfg.eta, cfg.step_kind,
                                                  trajectory.t[1].item(), x_next=trajectory.x[batch, k, j + 1].to(device))
                         loss, info = grpo_loss(logp, trajectory.logp[batch, k, j].to(device), a, cfg.clip)
-                        deviation = (info["ratio"] - 1).abs()
-                        if u == 0 and not deviation.max() < 1e-5:
-                            raise Stopped(f"ratio differs from 1 by {deviation.max():.1e} before the first update: rollout and update do not "
+                        ratio = info.pop("ratio")
+                        largest[u] = max(largest[u], deviation := (ratio - 1).abs().max().item())
+                        if u == 0 and not deviation < 1e-5:
+                            raise Stopped(f"ratio differs from 1 by {deviation:.1e} before the first update: rollout and update do not "
                                                "compute the same log-probability (precision, weights or conditioning differ)")
-                        info = {"ratio_deviation": deviation, "log_ratio": info.pop("ratio").log(), **info}
+                        info["log_ratio"] = ratio.log()
                     else:
                         loss, info = nft_loss(v, v_old, x, x_0, t, a, cfg.beta)
                     if cfg.kl:
                         kl = (v - v_ref).square().mean((1, 2))
                         loss, info["kl"] = loss + cfg.kl * kl, kl.detach()
                     ((loss * w).sum() / (total.clamp(min=1) * K * n_inner)).backward()
-                    for name, value in {"loss": loss.detach(), **info}.items():
-                        if name == "ratio_deviation":
-                            totals[f"{name}_{u + 1}"] = max(totals.get(f"{name}_{u + 1}", 0.), value.max().item())
-                        else:
-                            totals[name] = totals.get(name, 0.) + value.mean().item() * len(batch) / (len(A) * K * n_inner)
+                    info["loss"] = loss.detach()
+                    for name in names:
+                        totals[name] += (info[name] * w).sum().item() / n_inner
         reduce_gradients(params, world)
         norms.append(torch.nn.utils.clip_grad_norm_(params, cfg.grad_norm).item())
         optimizer.step()
         editor.blend("ema", cfg.ema)
-    if world > 1:                                            # the same numbers whatever the number of processes
-        largest = [n.startswith("ratio_deviation") for n in totals]
-        everyone = gather(torch.tensor([list(totals.values())], dtype=torch.float64, device=device), world).cpu()
-        totals = {n: (v.max() if big else v.mean()).item() for n, v, big in zip(totals, everyone.T, largest)}
-    return totals | {"grad_norm": sum(norms) / len(norms)}
+    everyone = gather(torch.tensor([[weight.sum(), *totals.values(), *largest]], dtype=torch.float64, device=device), world).cpu()
+    n, *sums = everyone[:, :1 + len(names)].sum(0).tolist()
+    info = {name: value / max(1, n) for name, value in zip(names, sums)}              # means over what was trained on
+    if cfg.algo == "grpo":
+        info |= {f"ratio_deviation_{u + 1}": value for u, value in enumerate(everyone[:, 1 + len(names):].amax(0).tolist())}
+    return info | {"grad_norm": sum(norms) / len(norms)}
 
 
 def forward_noise(trajectory, shape, cfg, key, j):

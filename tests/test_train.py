@@ -258,8 +258,30 @@ def test_the_ratio_is_exactly_1_before_the_first_update(micro, kind):
     editor.copy_weights("old")
     a = sample(editor, cfg, n=2, micro=micro)
     A, weight = advantage_rows(2)
-    _, info = gradients(editor, cfg, a, A, weight, micro=micro)
+    _, info = gradients(editor, cfg, a, A, torch.ones_like(weight), micro=micro)
     assert info["ratio_deviation_1"] == 0 and info["log_ratio"] == 0 and info["clip_fraction"] == 0
+    weight[0, 1] = 0                                                          # other batches than the rollout's: up to rounding
+    _, info = gradients(editor, cfg, a, A, weight, micro=micro)
+    assert info["ratio_deviation_1"] < 1e-6 and abs(info["log_ratio"]) < 1e-6 and info["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("algo, dtype", [("grpo", torch.float32), ("grpo", torch.bfloat16), ("nft", torch.float32), ("nft", torch.bfloat16)])
+def test_rows_of_weight_zero_are_not_computed(algo, dtype, monkeypatch):
+    """Catches: half of the update spent on groups that teach nothing; GRPO's batches in bfloat16 of another size than the rollout's."""
+    cfg = config(algo=algo, window=1, times=1)
+    editor = new_editor(4, 8, moved=.05, dtype=dtype)
+    editor.copy_weights("old")
+    a = sample(editor, cfg, n=3, micro=2)
+    A, weight = advantage_rows(3)
+    weight[0, 1] = 0
+    seen, velocity = [], editor.velocity
+    monkeypatch.setattr(editor, "velocity", lambda x, *rest: seen.append((len(x), torch.is_grad_enabled())) or velocity(x, *rest))
+    _, info = gradients(editor, cfg, a, A, weight, micro=2)
+    with_gradient = sorted(n for n, grad in seen if grad)
+    used = sorted(int(n) for batch in weight.split(2) for n in batch.sum(0) if n)
+    assert used == [1, 2, 2, 2]                                               # nothing of the last group's two turns
+    assert with_gradient == ([2] * 4 if (algo, dtype) == ("grpo", torch.bfloat16) else used)
+    assert info.get("ratio_deviation_1", 0) <= (0 if dtype == torch.bfloat16 else 1e-6)
 
 
 def test_a_ratio_that_is_not_1_before_the_first_update_stops_the_run():
