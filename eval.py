@@ -389,9 +389,14 @@ def report(arms, names, n_tasks, kinds=None):
     c = names.index("consistency")
     result = summarise({arm: {"s": fold(successes(r, names)), "cc": fold(r[..., [c]])} for arm, r in arms.items()}, kinds)
     for arm, r in arms.items():
-        result["arms"][arm] |= {"judge_failed": r.isnan().any(2).float().mean().item(),
-                                "rewards": {name: r[:, :, m].nanmean(0).tolist() for m, name in enumerate(names)}}
+        result["arms"][arm] |= judged(r, names)
     return result
+
+
+def judged(r, names):
+    """Rewards (n, K, M) -> the share of turns that the judge failed on, and the mean of every reward per turn."""
+    return {"judge_failed": r.isnan().any(2).double().mean().item(),
+            "rewards": {name: r[..., m].nanmean(0).tolist() for m, name in enumerate(names)}}
 
 
 def collect(settings, out, passes, names):
@@ -413,8 +418,8 @@ def collect(settings, out, passes, names):
         columns = [name for where, name in table if where == "own" and name not in ("copied", "drift", "features")]
         columns.sort(key=["following", "consistency", "success", *sorted(columns)].index)
         stack = lambda where: torch.stack([table[where, name] for name in columns], -1)                        # (S, n, K, M)
-        r = stack("own")
-        s = successes(r.flatten(0, 1), columns).view(S, n, K)
+        r = stack("own").flatten(0, 1)
+        s = successes(r, columns).view(S, n, K)
         arms[arm] = {"s": s, "cc": table["own", "features" if ("own", "features") in table else "consistency"][..., None],
                      "copied": table["own", "copied"], "drift": table["own", "drift"]}
         if ("clean", "copied") in table:
@@ -424,8 +429,7 @@ def collect(settings, out, passes, names):
             arms[arm]["clean"] = torch.cat([s[..., :1].where(probed, torch.tensor(float("nan"), dtype=s.dtype)), clean[..., 1:]], 2)
         if ("nothing", "drift") in table:
             arms[arm]["nothing"] = table["nothing", "drift"]
-        extras[arm] = {"judge_failed": r.isnan().any(3).double().mean().item(),
-                       "rewards": {name: r[..., m].flatten(0, 1).nanmean(0).tolist() for m, name in enumerate(columns)}}
+        extras[arm] = judged(r, columns)
     return arms, extras
 
 
