@@ -171,18 +171,18 @@ def markdown(results):
 
 
 def latex(results):
-    """Tables for a paper: needs \\usepackage{booktabs}."""
+    """Tables for a paper, shrunk to the line where they are wider: needs \\usepackage{booktabs,adjustbox}."""
     special = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "–": "--", "Δ": r"$\Delta$", "|": r"$|$", "<": "$<$", ">": "$>$",
                "\\": r"\textbackslash{}",
                "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "{": r"\{", "}": r"\}", "$": r"\$"}
     escape = lambda text: "".join(special.get(c, c) for c in text)
     head = lambda text: re.sub(r"([+-])(?=\d)", r"$\1$", escape(text)).replace("n.s.", r"\textit{n.s.}")
-    lines = ["% " + setting_line(results), "% needs \\usepackage{booktabs}"]
+    lines = ["% " + setting_line(results), "% needs \\usepackage{booktabs,adjustbox}"]
     for title, note, header, rows in tables(results):
         lines += ["", r"\begin{table}", r"\centering\small",
                   rf"\caption{{{escape(title)}. {escape(note)} {escape(PROFILES[results['profile']].capitalize())}.}}",
-                  rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", " & ".join(map(head, header)) + r" \\", r"\midrule"]
-        lines += [" & ".join(map(head, row)) + r" \\" for row in rows] + [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+                  rf"\begin{{adjustbox}}{{max width=\linewidth}}\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", " & ".join(map(head, header)) + r" \\", r"\midrule"]
+        lines += [" & ".join(map(head, row)) + r" \\" for row in rows] + [r"\bottomrule", r"\end{tabular}\end{adjustbox}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 
 

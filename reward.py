@@ -257,6 +257,13 @@ class LocalJudge(VLMJudge):
         super().__init__(path, version, **options)
         self.asked = {"enable_thinking": self.reasoning == "think"} if "enable_thinking" in str(self.processor.chat_template) else {}
 
+    def check(self, tasks):
+        """ValueError if its tokenizer has no words for an instruction: the tiny judge's knows the embedded world's alone."""
+        told = sorted({instruction for task in tasks for instruction in task.instructions})
+        for instruction, ids in zip(told, self.tokenizer(told).input_ids):
+            if self.tokenizer.unk_token_id in ids:
+                raise ValueError(f"--judge {self.spec} has no words for {instruction!r}; choose a judge that has")
+
     def answer(self, prompts, seeds):
         answers = [None] * len(prompts)
 

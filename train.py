@@ -50,7 +50,7 @@ class Config:
                          ["shapes", "kontext", "klein", "qwen", "kontext-1gpu", "klein-1gpu", "qwen-1gpu"])
     model: str = option("shapes/editor", "editor: a diffusers folder or hub id")
     lora: str = option("", "LoRA to start from: a file or folder in diffusers' layout; empty = a fresh one")
-    judge: str = option("exact", "'exact' (embedded world), or a vision-language model: folder, hub id, or http://host:port/v1#model; several by commas")
+    judge: str = option("shapes/judge", "vision-language model: folder, hub id, or http://host:port/v1#model; or 'exact' (embedded world); several by commas")
     rubric: str = option("", "JSON file of prompts for such a model, in place of reward.py's")
     scoring: str = option("turn", "each turn scored by itself, or the trajectory as a whole: original, last picture, all instructions",
                           list(reward.RUBRICS))

@@ -314,19 +314,30 @@ def describe(content):
 
 
 def look(tasks, images):
-    """What the exact judge says of every turn, and of the whole: {scoring: (n, K or 1, 2) scores}, {scoring: [[two texts]]}."""
+    """What the exact judge says of every turn, and of the whole, of following and of consistency.
+
+    {scoring: scores (n, K or 1, 2)}, {scoring: [[two texts]]}, and {scoring: (n, K or 1, 2, 2, 9)} for every cell what should be
+    in it (-1: nobody can tell), and 0 = asked and done, 1 = asked, not done, 2 = not asked, kept, 3 = not asked, changed.
+    """
     n, K = len(tasks), images.shape[1] - 1
     pictures = images.permute(0, 1, 3, 4, 2).numpy()
-    scores, texts = {}, {}
+    scores, texts, cells = {}, {}, {}
     grounds, names = list(world.BACKGROUNDS), list(world.CONTENTS)
     for scoring, turns in (("turn", [(k, k + 1) for k in range(K)]), ("trajectory", [(0, K)])):
         scores[scoring], texts[scoring] = np.full((n, len(turns), 2), np.nan, np.float32), [[None] * len(turns) for _ in range(n)]
+        cells[scoring] = np.full((n, len(turns), 2, 2, 9), -1)
         for column, (a, b) in enumerate(turns):
             rows = [i for i in range(n) if tasks[i].meta["scenes"][a] != tasks[i].meta["scenes"][b]]       # edits that undo each other
             told = [tasks[i].meta["scenes"][:b + 1] if scoring == "turn" else tasks[i].meta["scenes"][::K] for i in rows]
             _, following, consistency = world.judge(pictures[rows, b], pictures[rows, a], told)
             scores[scoring][rows, column] = np.stack([following, consistency], 1)
             (ground, seen, distance, _), (ground_0, seen_0, _, _) = world.read(pictures[rows, b]), world.read(pictures[rows, a])
+            (_, first), (old_ground, old), (new_ground, new) = (world.encode_scenes([s[k] for s in told]) for k in (0, -2, -1))
+            grounds_asked = (old_ground != new_ground)[:, None]
+            for m, kept in enumerate((seen_0, np.where(first == old, first, seen_0))):
+                should, ground_should = np.where(old != new, new, kept), np.where(grounds_asked[:, 0], new_ground, ground_0)
+                right = (seen == should) & (ground == ground_should)[:, None]
+                cells[scoring][rows, column, m] = np.stack([should, 2 * ~((old != new) | grounds_asked) + ~right], 1)
             for j, (i, scenes) in enumerate(zip(rows, told)):
                 first, before, want = scenes[0], scenes[-2], scenes[-1]
                 did, kept = [], []
@@ -347,7 +358,7 @@ def look(tasks, images):
                 blur = np.median(distance[j].min(1))
                 texts[scoring][i][column] = (" ".join(did), f"changed {' '.join(kept) or 'nothing'} "
                                              + ("sharp" if blur < .002 else "soft" if blur < .006 else "bad"))
-    return scores, texts
+    return scores, texts, cells
 
 
 def build_judge():
@@ -369,8 +380,9 @@ def build_judge():
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     pictures = CLIPImageProcessorPil(size={"height": world.SIZE, "width": world.SIZE}, do_center_crop=False,
                                      image_mean=[.5] * 3, image_std=[.5] * 3)
-    template = ("{{ bos_token }}{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"
-                "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% else %}<image>{% endif %}{% endfor %}"
+    template = ("{{ bos_token }}{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"  # question first:
+                "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"     # pictures are looked at
+                "{% for part in message.content %}{% if part.type != 'text' %}<image>{% endif %}{% endfor %}"              # with it in mind
                 "{% endif %}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}")
     processor = LlavaProcessor(pictures, tokenizer, patch_size=world.CELL, vision_feature_select_strategy="default",
                                num_additional_image_tokens=1, chat_template=template)
@@ -378,7 +390,7 @@ def build_judge():
     model = LlavaForConditionalGeneration(LlavaConfig(
         vision_config=dict(model_type="clip_vision_model", hidden_size=192, intermediate_size=768, num_hidden_layers=1, num_attention_heads=6,
                            image_size=world.SIZE, patch_size=world.CELL, projection_dim=192),
-        text_config=dict(model_type="llama", hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        text_config=dict(model_type="llama", hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
                          vocab_size=len(tokenizer), max_position_embeddings=512, pad_token_id=0, bos_token_id=2, eos_token_id=3),
         vision_feature_layer=-1, image_seq_length=9, image_token_id=words.index("<image>"), pad_token_id=0, eos_token_id=3))
     model.generation_config.update(pad_token_id=0, bos_token_id=2, eos_token_id=3, do_sample=True)
@@ -390,15 +402,15 @@ class Questions:
 
     def __init__(self, tokenizer, parts):
         self.tokenizer, self.word = tokenizer, tokenizer.convert_tokens_to_ids
-        self.tasks = [[t for t in tasks] for tasks, _, _, _ in parts]
-        self.images, self.scores, self.texts = zip(*[(images, scores, texts) for _, images, scores, texts in parts])
+        self.tasks, self.images, self.scores, self.texts, self.cells = zip(*parts)
         self.ask = {(scoring, reasoning): reward.VLMJudge("", "", reward.RUBRICS[scoring], scoring, reasoning, 1, 0., 1, None).prompt
                     for scoring in reward.RUBRICS for reasoning in ("direct", "think")}
 
     def draw(self, rng, kind, n):
-        """n questions of a kind -> ids, mask, labels (n, L), pixels (n * pictures, 3, 48, 48), score (n,) in 0..9; left-padded."""
+        """n questions of a kind -> ids, mask, labels (n, L), pixels (n * pictures, 3, 48, 48), the digit's place, score (n,) in 0..9,
+        cells (n, 2, 9) as look() tells them; left-padded."""
         scoring, name, reasoning = kind
-        rows, pixels, marks = [], [], []
+        rows, pixels, marks, cells = [], [], [], []
         while len(rows) < n:
             part = rng.randrange(len(self.tasks))
             i, column = rng.randrange(len(self.tasks[part])), rng.randrange(self.scores[part][scoring].shape[1])
@@ -409,33 +421,47 @@ class Questions:
             pictures, text = self.ask[scoring, reasoning](name, self.images[part][i, :k + 2], self.tasks[part][i].instructions[:k + 1])
             said = [] if reasoning == "direct" else self.texts[part][scoring][i][column][name == "consistency"].split() + [THINK]
             answer = [self.word(w) for w in said] + [self.word(str(round(9 * float(score))))] + [self.word("}")] * (reasoning == "think") + [self.word("</s>")]
-            prompt = [self.word("<s>")] + [self.word("<image>")] * 9 * len(pictures)
-            prompt += self.tokenizer(text, add_special_tokens=False).input_ids + [self.word("<answer>")]
+            prompt = [self.word("<s>")] + self.tokenizer(text, add_special_tokens=False).input_ids
+            prompt += [self.word("<image>")] * 9 * len(pictures) + [self.word("<answer>")]
             rows.append((prompt, answer)), pixels.append(pictures), marks.append(9 * float(score))
+            cells.append(self.cells[part][scoring][i, column, int(name == "consistency")])
         L = max(len(p) + len(a) for p, a in rows)
         ids, labels = torch.zeros(n, L, dtype=torch.long), torch.full((n, L), -100)
         for i, (p, a) in enumerate(rows):
             ids[i, L - len(p) - len(a):], labels[i, L - len(a):] = torch.tensor(p + a), torch.tensor(a)
         place = L - 2 - (reasoning == "think")                              # of the digit, in every row
-        mark = torch.tensor(marks)
-        return ids, (ids != 0).long(), labels, torch.cat(pixels).float() / 127.5 - 1, place, mark
+        return (ids, (ids != 0).long(), labels, torch.cat(pixels).float() / 127.5 - 1, place, torch.tensor(marks),
+                torch.from_numpy(np.stack(cells)))
+
+
+FEATURES = torch.tensor([[0, 0, 0], *[[1 + world.SHAPES.index(o.shape), 1 + list(world.COLORS).index(o.color), 1 + world.MATERIALS.index(o.material)]
+                                      for o in world.CONTENTS[1:]], [-1, -1, -1]])         # of every content; the last: nobody can tell
+
+
+def feature_loss(logits, contents, weight):
+    """Cross-entropy of shape, colour and material, 0 = nothing: logits (n, 7 + 7 + 4), contents (n,) with -1 = nobody can tell, weight (n,)."""
+    loss = sum(torch.nn.functional.cross_entropy(p, FEATURES[contents, i], ignore_index=-1, reduction="none") for i, p in enumerate(logits.split([7, 7, 4], 1)))
+    return (loss * weight).sum() / weight.sum()
 
 
 def train_judge(work, steps, batch=32, lr=2e-3, dialogues=4000):
     """Cross-entropy on the answers; a score between two digits asks for both in proportion, so that the expectation is the score.
 
-    A linear reader of the image tokens, thrown away later, learns what is in each cell: without it most of the training
-    goes by before the vision tower has found out what there is to see.
+    Three linear readers, thrown away later, shorten the way: of the image tokens, what is in each cell; of the last picture's
+    cells inside the language model, what should be there, and whether it is. Without the first most of the training goes by
+    before the vision tower has found out what there is to see; without the others a digit at once is hardly learned.
     """
     model, processor = build_judge()
     model.set_attn_implementation("eager")                     # a third faster than the others, backward on a CPU in bfloat16
     tokenizer = processor.tokenizer
+    image, zero = tokenizer.convert_tokens_to_ids(["<image>", "0"])
     parts = []
     for part, start in [(part, 2 * 10 ** 6 + start) for start in range(0, dialogues, 500) for part in ("editor", "botched")]:
         tasks, images = edits(work, part, "train", start, 500)
         parts.append((tasks, images, *look(tasks, images)))
     questions = Questions(tokenizer, parts)
-    reader = torch.nn.Linear(128, len(world.CONTENTS) + len(world.BACKGROUNDS))
+    layer = lambda n: torch.nn.Sequential(torch.nn.LayerNorm(128), torch.nn.Linear(128, n))
+    reader = torch.nn.ModuleDict(dict(seen=torch.nn.Linear(128, 18 + len(world.BACKGROUNDS)), should=layer(18), right=layer(4)))
     params = {**dict(model.named_parameters()), **{f"reader.{n}": p for n, p in reader.named_parameters()}}
     hidden = [n for n, p in params.items() if ".layers." in n and p.ndim == 2]
     optimizers = [torch.optim.AdamW([p for n, p in params.items() if n not in hidden], lr, betas=(.9, .99), weight_decay=1e-2),
@@ -454,25 +480,32 @@ def train_judge(work, steps, batch=32, lr=2e-3, dialogues=4000):
     for step in bar:
         rng = random.Random(f"judge {step}")
         for kind in KINDS[:4] if step % 4 else KINDS:
-            ids, mask, labels, x, place, mark = questions.draw(rng, kind, batch if kind[0] == "turn" else batch // 2)
+            ids, mask, labels, x, place, mark, true = questions.draw(rng, kind, batch if kind[0] == "turn" else batch // 2)
             with torch.autocast("cpu", torch.bfloat16):
-                out = model.model(input_ids=ids, attention_mask=mask, pixel_values=x)
+                out = model.model(input_ids=ids, attention_mask=mask, pixel_values=x, output_hidden_states=True)
                 logits = model.lm_head(out.last_hidden_state[:, :-1][labels[:, 1:] != -100]).float()
-                cells = reader(out.image_hidden_states).float()
+                cells = reader["seen"](out.image_hidden_states).float()
+                after = (ids == image).cumsum(1)
+                after = (ids == image) & (after > after[:, -1:] - 9)                      # the last picture's nine tokens
+                should, right = (reader[n](out.hidden_states[i][after]).float() for n, i in (("should", -3), ("right", -2)))
             target = labels[:, 1:][labels[:, 1:] != -100]
             digit = (torch.where(labels[:, 1:] != -100, torch.arange(ids.shape[1] - 1), -1) == place - 1)[labels[:, 1:] != -100]
             logp = logits.log_softmax(-1)
-            zero, low = tokenizer.convert_tokens_to_ids("0"), mark.floor().clamp(max=8)
+            low = mark.floor().clamp(max=8)
             score_loss = -((low + 1 - mark) * logp[digit].gather(1, (zero + low.long())[:, None])[:, 0]
                            + (mark - low) * logp[digit].gather(1, (zero + low.long() + 1)[:, None])[:, 0]).mean()
             word_loss = torch.nn.functional.nll_loss(logp[~digit], target[~digit])
             pictures = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
             ground, contents, _, _ = world.read(pictures)
             cells = cells.view(len(x), 9, -1)
-            read_loss = torch.nn.functional.cross_entropy(cells[..., :109].flatten(0, 1), torch.from_numpy(contents).flatten(), ignore_index=-1) \
-                + torch.nn.functional.cross_entropy(cells[..., 109:].mean(1), torch.from_numpy(ground), ignore_index=-1)
-            (score_loss + word_loss * (kind[2] == "think") + .1 * word_loss * (kind[2] == "direct") + .3 * read_loss).backward()
-            for name, value in (("read", read_loss), ("-".join(kind), score_loss), ("words " + kind[1], word_loss)):
+            read_loss = feature_loss(cells[..., :18].flatten(0, 1), torch.from_numpy(contents).flatten(), torch.ones(contents.size)) \
+                + torch.nn.functional.cross_entropy(cells[..., 18:].mean(1), torch.from_numpy(ground), ignore_index=-1)
+            asked = 1 + 3. * (true[:, 1] < 2).flatten()                                   # few cells are, and they are what is to be learned
+            should_loss = feature_loss(should, true[:, 0].flatten(), asked)
+            right_loss = (torch.nn.functional.cross_entropy(right, true[:, 1].flatten(), reduction="none") * asked).sum() / asked.sum()
+            (score_loss + word_loss * (kind[2] == "think") + .1 * word_loss * (kind[2] == "direct")
+             + .3 * read_loss + should_loss + right_loss).backward()
+            for name, value in (("read", read_loss), ("should " + kind[1], should_loss), ("right " + kind[1], right_loss), ("-".join(kind), score_loss), ("words " + kind[1], word_loss)):
                 seen[name] = .98 * seen.get(name, value.item()) + .02 * value.item()
         torch.nn.utils.clip_grad_norm_(params.values(), 1)
         for part in optimizers + schedules:

@@ -542,7 +542,7 @@ def run(tmp_path_factory):
     """A training run of one step, its LoRA made large enough to be seen in the table."""
     out = tmp_path_factory.mktemp("trained") / "run"
     words = ("--tasks 2 --group 2 --turns 2 --denoise 3 --eval-denoise 2 --window 1 --train-first 0 --train-last 1 "
-             "--updates 1 --lora-rank 4 --lora-alpha 8 --steps 1 --val-tasks 0 --min-std 0")
+             "--updates 1 --lora-rank 4 --lora-alpha 8 --steps 1 --val-tasks 0 --min-std 0 --judge exact")
     train.main(train.parse(["--model", editor_folder(), "--out", str(out), *words.split()]))
     editor = model.load_weights(new_editor(), out)
     move(editor, .2)

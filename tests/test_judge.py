@@ -108,7 +108,7 @@ def test_training_asks_what_judging_asks(parts, tmp_path):
     questions = pretrain.Questions(processor.tokenizer, parts)
     tasks, images = parts[0][:2]
     for scoring, name, reasoning in pretrain.KINDS:
-        ids, mask, labels, pixels, place, mark = questions.draw(random.Random(3), (scoring, name, reasoning), 6)
+        ids, mask, labels, pixels, place, mark, _ = questions.draw(random.Random(3), (scoring, name, reasoning), 6)
         judge, seen = reward.load(str(tmp_path), scoring=scoring, reasoning=reasoning), []
         rng, prompts = random.Random(3), []
         while len(prompts) < 6:                                       # the same draws as above
@@ -133,7 +133,7 @@ def test_training_asks_what_judging_asks(parts, tmp_path):
 
 def test_its_labels_are_the_exact_judges(parts):
     """Labels of another turn, rewards swapped, edits that undo each other given a score."""
-    tasks, images, scores, texts = parts[0]
+    tasks, images, scores, texts, _ = parts[0]
     exact = torch.stack([reward.ExactJudge()(tasks, images[:, :k + 2], k) for k in range(3)], 1)
     assert np.array_equal(scores["turn"], exact[..., :2].numpy()) and np.ptp(scores["turn"][..., 0]) > .5
     for i, task in enumerate(tasks):
@@ -145,10 +145,13 @@ def test_what_it_is_taught_to_say_is_true():
     """A description of another cell or picture: thinking that misleads the score."""
     tasks = make_tasks(30, K=3)
     done = pictures(tasks, clean)
-    _, texts = pretrain.look(tasks, done)
-    for task, turns in zip(tasks, texts["turn"]):
+    _, texts, cells = pretrain.look(tasks, done)
+    for i, (task, turns) in enumerate(zip(tasks, texts["turn"])):
         for k, (did, kept) in enumerate(turns):
             before, after = task.meta["scenes"][k:k + 2]
+            asked = np.array([b != a or before.background != after.background for b, a in zip(before.cells, after.cells)])
+            for should, verdict in cells["turn"][i, k]:
+                assert np.array_equal(should, world.encode_scenes([after])[1][0]) and np.array_equal(verdict, np.where(asked, 0, 2))
             assert kept == "changed nothing sharp"
             want = [f"{world.PLACES[c]} wanted {x} seen {x} sharp" for c in range(9) if before.cells[c] != after.cells[c]
                     for x in [pretrain.describe(after.cells[c])]]
@@ -156,7 +159,11 @@ def test_what_it_is_taught_to_say_is_true():
                 want.append(f"background wanted {after.background} seen {after.background}")
             assert did == " ".join(want)
     lazy = done[:, [0, 0, 0, 0]]
-    for task, turns in zip(tasks, pretrain.look(tasks, lazy)[1]["turn"]):
+    _, texts, cells = pretrain.look(tasks, lazy)
+    for i, (task, turns) in enumerate(zip(tasks, texts["turn"])):
+        before, after = task.meta["scenes"][:2]
+        asked = np.array([b != a or before.background != after.background for b, a in zip(before.cells, after.cells)])
+        assert np.array_equal(cells["turn"][i, 0, :, 1], [np.where(asked, 1, 2)] * 2)
         c = next((c for c in range(9) if task.meta["scenes"][0].cells[c] != task.meta["scenes"][1].cells[c]), None)
         if c is not None:
             assert f"{world.PLACES[c]} wanted {pretrain.describe(task.meta['scenes'][1].cells[c])} seen " \

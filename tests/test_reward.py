@@ -124,6 +124,14 @@ def test_a_score_is_the_expectation_over_the_digits_at_the_answers_place(templat
     assert abs(sum(d * float(text.split()[2 * d + 1]) for d in range(10)) / 9 - score) < .02, "not what it says"
 
 
+def test_a_judge_without_the_words_refuses(judge):
+    """The embedded world's tiny judge, asked about photographs: it would score noise in silence."""
+    task = lambda text: Task(Image.new("RGB", (48, 48)), ["add a hat", text], ["", ""])
+    judge.check([task("remove the dog")])
+    with pytest.raises(ValueError, match="no words for 'remove the zebra'"):
+        judge.check([task("remove the dog"), task("remove the zebra")])
+
+
 def test_a_batch_gives_each_row_the_score_it_gets_alone(judge):
     """Padding that is attended to, or that stands where the answer should; rows that come back in another order."""
     alone = torch.cat([scores(judge, [prompt]) for prompt in PROMPTS])

@@ -26,7 +26,7 @@ B, G, K, T, SIZE = 4, 2, 2, 3, (48, 48)
 
 def flags(out, algo="grpo", **changes):
     """A small run as command-line words; changes by field name, None leaves a flag out."""
-    options = dict(algo=algo, model=editor_folder(), out=out, tasks=B, group=G, turns=K, denoise=T, eval_denoise=2,
+    options = dict(algo=algo, model=editor_folder(), judge="exact", out=out, tasks=B, group=G, turns=K, denoise=T, eval_denoise=2,
                    steps=2, lora_rank=4, lora_alpha=8, lr=1e-3, ema=.9, min_std=0, updates=2, times=1, val_tasks=0,
                    sample_every=1000, save_every=3) | changes
     last = options["denoise"] - (2 if algo == "grpo" else 1)
