@@ -263,7 +263,7 @@ def botch(rng, scenes):
                     cells[i] = rng.choice([other(want.cells[i]), None, other(want.cells[i])])
                 ground = rng.choice(list(world.BACKGROUNDS)) if not places else ground
             elif outcome in ("elsewhere", "side effects"):
-                for i in rng.sample([i for i in range(9) if i not in places], rng.randint(1, 2)):
+                for i in rng.sample([i for i in range(9) if i not in places], rng.choice([1, 1, 1, 2, 2, 3, 5, 7])):
                     cells[i] = rng.choice([None, other(cells[i]), other(None)])
                 if outcome == "elsewhere":
                     for i in places:

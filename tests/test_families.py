@@ -171,15 +171,16 @@ def test_both_branches_of_cfg_have_a_gradient(family):
     editor = tiny_editor(family, PIPES[family](), rank=2, moved=.1)
     x, t, cond, context, size = rows_of(editor, TEXTS[:1], pictures(1, (64, 64)), (64, 64))
     name = next(n for n in editor.trained if n.endswith("0.attn.to_q.B"))
-    p, h = editor.trained[name], 1e-2
-    editor.velocity(x, t, cond, context, size).square().sum().backward()
-    slope, values = p.grad[0, 0].item(), []
+    p, h, weight = editor.trained[name], 1e-2, draw_noise(x.shape, 5)         # a sum of squares is what Qwen's guidance keeps
+    loss = lambda: (editor.velocity(x, t, cond, context, size).double() * weight).sum()
+    loss().backward()
+    slope, along, values = p.grad.norm().item(), p.grad / p.grad.norm(), []
     for sign in (-1, 1):
         with torch.no_grad():
-            p[0, 0] += sign * h
-            values.append(editor.velocity(x, t, cond, context, size).double().square().sum().item())
-            p[0, 0] -= sign * h
-    assert slope == pytest.approx((values[1] - values[0]) / (2 * h), rel=.02) and abs(slope) > 1e-3
+            p += sign * h * along
+            values.append(loss().item())
+            p -= sign * h * along
+    assert slope == pytest.approx((values[1] - values[0]) / (2 * h), rel=.02) and slope > .1
 
 
 @FAMILIES

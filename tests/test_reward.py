@@ -360,7 +360,7 @@ def test_several_judges_give_their_columns_side_by_side(llava, tmp_path):
     assert torch.allclose(judge(tasks, images, 0), torch.cat(parts, 1), atol=1e-6)
     assert len(set(reward.load(f"{llava},{llava},{llava}").names)) == 6
     with pytest.raises(ValueError, match="embedded world only"):
-        judge.check([Task(None, ["x"], [""])])
+        judge.check([Task(None, ["add"], [""])])
 
 
 @pytest.mark.parametrize("options, words", [

@@ -514,6 +514,18 @@ def test_training_end_to_end(end_to_end, algo, processes):
     assert len(base["O"]) == len(tuned["O"]) == K and base != tuned
 
 
+def test_the_default_judge_is_the_shipped_one_and_the_exact_one_looks_on(tmp_path):
+    """Catches: a default run that the exact judge decides; a VLM that is trained on with nothing to compare it with."""
+    code, out, err = run_script("train.py", *flags(tmp_path / "run", judge=None, steps=1, val_tasks=4))
+    assert code == 0, err[-3000:]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["judge"] == "shapes/judge"
+    (row,) = metrics(tmp_path / "run")
+    names = {name.split("_turn")[0] for name in row if name.startswith(("reward/", "exact/"))}
+    assert names == {"reward/following", "reward/consistency", "exact/following", "exact/consistency", "exact/success"}
+    assert row["judge/failed"] == 0 and abs(row["reward/following"] - row["exact/following"]) < .2
+    assert "success" in json.loads((tmp_path / "run" / "validation.json").read_text())["arms"]["base"]["rewards"]
+
+
 @ALGOS
 def test_two_processes_are_one(end_to_end, algo):
     """Catches: noise keyed within a process, rewards gathered out of order, gradients averaged twice or not summed, and
