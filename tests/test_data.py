@@ -172,9 +172,10 @@ def prefixes(index, instructions):
 
 
 def test_a_csv_of_edivals_form_gives_a_task_for_each_picture(tmp_path):
-    """A task for each of the cumulative rows, literals left as text, the wrong picture, order of rows relied upon."""
+    """A task for each of the cumulative rows, literals left as text, the wrong picture, order of rows relied upon,
+    a row that was written again later."""
     texts = ['"Change the count of cat to 4"', "Add a dog, don't remove the cat", "Make it blue"]
-    rows = prefixes(3, texts)[::-1] + prefixes(7, ["One", "Two", "Three"])
+    rows = prefixes(3, ["Corrected", "further", "down"]) + prefixes(3, texts)[::-1] + prefixes(7, ["One", "Two", "Three"])
     tasks = data.load(edival(tmp_path, rows), "all", 3, RESOLUTION, images=str(tmp_path / "pictures"))
     assert [task.instructions for task in tasks] == [texts, ["One", "Two", "Three"]]
     assert tasks[0].kinds == ["color_alter"] * 3 and tasks[0].meta["unchanged_objects"] == ["a", "b"]

@@ -281,7 +281,8 @@ def test_a_lora_that_diffusers_wrote_is_the_starting_point(family, tmp_path, mon
     peft = pytest.importorskip("peft")
     pipe, size = PIPES[family](), (64, 80)
     config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["to_q", "to_k", "to_v", "to_add_out"],
-                             rank_pattern={"to_k": 2}, alpha_pattern={"to_v": 3}, init_lora_weights=False)
+                             rank_pattern={"to_k": 2}, alpha_pattern={"to_v": 3}, init_lora_weights=False,
+                             use_rslora=family == "klein")
     pipe.transformer.add_adapter(config)
     layers = peft.get_peft_model_state_dict(pipe.transformer)
     pipe.save_lora_weights(tmp_path, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config.to_dict())
@@ -373,6 +374,32 @@ def test_the_ratio_is_exactly_1_in_bfloat16(family):
     assert editor.transformer.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in editor.trained.values())
     assert sum((p != q).any().item() for p, q in zip(editor.trained.values(), before)) > len(before) / 2
     assert trajectory.x.dtype == torch.float32
+
+
+@FAMILIES
+def test_the_transformer_gets_the_pipelines_times_in_bfloat16(family, monkeypatch):
+    """Catches: t rounded as t where the pipeline rounds 1000 t: another noise level than the editor was trained for."""
+    seen, size = [], (64, 80)
+    editor, pipe = (tiny_editor(family, PIPES[family]().to(torch.bfloat16), guidance=1), PIPES[family]().to(torch.bfloat16))
+    for transformer in (editor.transformer, pipe.transformer):
+        transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True)
+    rollout(editor, [one_task(size)], 1, 1, 5, (3,))
+    noise = draw_noise(editor.latent_shape(size), 3, 0, 0, 0, 0)
+    pipelines_own(pipe, family, one_task(size), 5, size, noise.bfloat16(), 1., monkeypatch)
+    ours, theirs = torch.cat(seen[:5]), torch.cat(seen[5:])
+    assert len(ours) == len(theirs) == 5 and torch.equal(ours.float(), theirs.float())
+
+
+def test_a_lora_does_in_bfloat16_what_it_does_in_float32():
+    """Catches: the branch that only GPUs take, without the scale or with A and B exchanged."""
+    base, x = torch.nn.Linear(48, 32), draw_noise((7, 48), 1)
+    lora = model.LoRALinear(base, 4, 12)
+    assert lora.A.std().item() == pytest.approx(48 ** -.5, rel=.2)                   # N(0, 1 / in), 192 draws
+    lora.B.data = draw_noise(lora.B.shape, 2)
+    by_hand = base(x) + 3 * x @ lora.A.T @ lora.B.T
+    assert torch.allclose(lora(x), by_hand, atol=1e-5)
+    base.to(torch.bfloat16)
+    assert (lora(x.bfloat16()).float() - by_hand).norm() < .01 * by_hand.norm() and lora.A.dtype == torch.float32
 
 
 @FAMILIES
