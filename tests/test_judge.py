@@ -12,7 +12,6 @@ from fixtures import ROOT, make_tasks, run_script
 from shapes import pretrain, world
 
 FOLDER = ROOT / "shapes" / "judge"
-shipped = pytest.mark.skipif(not (FOLDER / "config.json").is_file(), reason="shapes/judge is not there: python -m shapes.pretrain --only judge")
 MODES = pytest.mark.parametrize("reasoning", list(reward.ANSWERS))
 
 
@@ -31,7 +30,6 @@ def botched(task):
 
 # --------------------------------------------------------------------------------------------------------- the shipped one
 
-@shipped
 def test_it_is_small_and_reads_every_instruction():
     """Weights that bloat the repository; words of the world or of our prompts that it has no token for."""
     assert sum(f.stat().st_size for f in FOLDER.iterdir()) < 12e6
@@ -48,7 +46,6 @@ def test_it_is_small_and_reads_every_instruction():
                 assert unknown not in ids and len(ids) < 14, "our own prompts are tokens of their own"
 
 
-@shipped
 @MODES
 def test_it_knows_a_good_edit_from_a_bad_one(reasoning):
     """Weights of another version than the prompts; pictures or instructions that do not reach the model."""
@@ -69,7 +66,6 @@ def test_it_knows_a_good_edit_from_a_bad_one(reasoning):
         assert float(text.split("(")[1].split("%")[0]) > 99, "the digits hold all the probability"
 
 
-@shipped
 def test_it_scores_whole_trajectories():
     """--scoring trajectory with prompts that it was never shown."""
     tasks = [t for t in make_tasks(24, K=3, start=6000) if t.meta["scenes"][0] != t.meta["scenes"][3]]
@@ -80,7 +76,6 @@ def test_it_scores_whole_trajectories():
     assert (judge(tasks, done, 2)[:, 0] > judge(tasks, undone, 2)[:, 0]).float().mean() > .9
 
 
-@shipped
 def test_it_says_what_it_sees_from_the_command_line(tmp_path):
     """Reasoning that is not printed, or has nothing to do with the pictures."""
     (instruction,), kind, scenes = world.sample_dialogue(random.Random(7), 1)

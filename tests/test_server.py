@@ -356,7 +356,6 @@ SERVING = all(importlib.util.find_spec(name) for name in ("openai", "fastapi", "
 
 
 @pytest.mark.skipif(not SERVING, reason="transformers serve needs openai, fastapi, uvicorn: pip install -r tests/requirements.txt")
-@pytest.mark.skipif(not (ROOT / "shapes/judge/config.json").is_file(), reason="shapes/judge is not there")
 def test_a_real_server_gives_the_scores_of_the_model_in_process(capsys, tmp_path):
     """Pictures or words that change on the way through somebody else's server; a request that only our own stub takes."""
     with socket.socket() as free:
