@@ -9,7 +9,7 @@
     judge.words                       # what went wrong last, in the judge's own words
 
 `tasks` has S entries, `images` (S, k+2, 3, H, W) uint8 the pictures so far: [:, 0] the source, [:, k] before turn k,
-[:, k+1] after it. Judges run in a background thread while the next turn is sampled. One edit by hand:
+[:, k+1] after it. train.py judges a turn in a background thread while the next one is sampled. One edit by hand:
 
     python reward.py --judge SPEC before.png after.png "instruction"
 """

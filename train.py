@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -490,6 +490,8 @@ def main(cfg):
     everyone = torch.arange(cfg.tasks).view(cfg.updates, world, -1).transpose(0, 1).reshape(world, local)
     own = everyone[rank]
     pool = ThreadPoolExecutor(1)
+    # a model in process on a CPU judges between the turns: two sets of threads on the same cores slow each other down, even afterwards
+    between = device.type == "cpu" and any(isinstance(one, reward.LocalJudge) for one in getattr(judge, "judges", [judge]))
     bar = tqdm(range(done + 1, cfg.steps + 1), initial=done, total=cfg.steps, desc=cfg.algo, disable=rank > 0)
     for step in bar:
         start, seconds = time.perf_counter(), {}
@@ -497,15 +499,23 @@ def main(cfg):
         mine = [batch[b] for b in own]
         window = dict(eta=cfg.eta, kind=cfg.step_kind, window=cfg.window,
                       start=draw_int(cfg.train_first, cfg.train_last - cfg.window + 1, cfg.seed, step)) if cfg.algo == "grpo" else {}
-        trajectories, futures = [], []                       # turn k is judged while turn k+1 is sampled
+        trajectories, futures = [], []
+
+        def on_turn(k, images):                              # turn k is judged while turn k+1 is sampled
+            question = judge, repeated, images, k, cfg.scoring == "turn" or k == cfg.turns - 1, exact
+            if not between:
+                futures.append(pool.submit(judge_turn, *question))
+                return
+            futures.append(Future())
+            with timed(seconds, "judge_wait", device):
+                futures[-1].set_result(judge_turn(*question))
+
         with editor.weights("old"):
             for places in by_size(mine):
                 repeated = [mine[i] for i in places for _ in range(cfg.group)]
                 trajectories.append(rollout(
                     editor, [mine[i] for i in places], cfg.group, cfg.turns, cfg.denoise, (cfg.seed, step), **window,
-                    shared_noise=cfg.shared_noise, task_rows=own[places].tolist(), micro=micro,
-                    on_turn=lambda k, images: futures.append(pool.submit(
-                        judge_turn, judge, repeated, images, k, cfg.scoring == "turn" or k == cfg.turns - 1, exact))))
+                    shared_noise=cfg.shared_noise, task_rows=own[places].tolist(), micro=micro, on_turn=on_turn))
                 trajectories[-1].rows = (places[:, None] * cfg.group + torch.arange(cfg.group)).flatten()
         order = torch.cat([trajectory.rows for trajectory in trajectories]).argsort()
         with timed(seconds, "judge_wait", device):
