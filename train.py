@@ -99,7 +99,7 @@ class Config:
     times: int = option(2, "NFT: times per turn at which the loss is taken, drawn from the rollout's grid")
     kl: float = option(0., "weight of the KL term mean (v - v_ref)^2, and nothing else")
     max_failed: float = option(.5, "stop if the judge fails on more than this share of a step, in [0, 1]")
-    val_tasks: int = option(100, "validation tasks of the closing table; 0 = no table")
+    val_tasks: int = option(300, "validation tasks of the closing table; 0 = no table")
     sample_every: int = option(10, "steps between contact sheets")
     save_every: int = option(10, "steps between checkpoints")
     seed: int = option(0, "every random number of the run is a function of it")
