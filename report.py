@@ -27,7 +27,7 @@ TITLES = {"M": "marginal success M", "IF": "cumulative success IF", "C": "condit
 PROFILES = {"exact": "scored by the exact judge of the embedded world", "VLM": "scored by a vision-language model",
             "proxy": "proxy scores (EdiVal's data, our judge): not EdiVal-IF and EdiVal-CC, not comparable with published tables",
             "EdiVal": "EdiVal's own verdicts; CC is the mean of its object and background consistency"}
-COLORS = ["#4c5a6b", "#d1661a", "#1b7a6e", "#7b4fa3", "#b0322b", "#8a7a1d"]       # of the arms, base first
+COLORS = ["#4c5a6b", "#d1661a", "#1b7a6e", "#7b4fa3", "#b0322b", "#8a7a1d", "#2f6fd0", "#d65fa0", "#5aa02c", "#222222"]   # of the arms, base first
 
 
 def nice(text):
@@ -94,7 +94,7 @@ def tables(results):
                 for m in ("M", "IF", "CC", "O")]
         found.append((f"{arm} against {base}",
                       "Difference in percentage points, 95 % interval of the paired bootstrap over dialogues; "
-                      "n.s. = the interval covers 0; p = McNemar's exact test.", ["", *turns], rows))
+                      "n.s. = the interval covers 0; p = McNemar's exact test (several seeds: swapping whole dialogues).", ["", *turns], rows))
     rows = []
     for arm, v in arms.items():
         for m, name in (("M", "marginal M"), ("IF", "cumulative IF"), ("C", "conditional IF_k / IF_k-1"),
@@ -287,12 +287,12 @@ def draw_success(results, path):
         shift = .06 * (j - (len(arms) - 1) / 2)
         for m, dash in (("M", 5), ("IF", 0)):
             points = [(k + 1 + shift, v[m][k]) for k in range(K) if math.isfinite(v[m][k])]
-            plot.line(points, COLORS[j % 6], 2, dash)
+            plot.line(points, COLORS[j % 10], 2, dash)
             for k in range(K):
-                plot.span(k + 1 + shift, *v["interval_95"][m][k], COLORS[j % 6])
+                plot.span(k + 1 + shift, *v["interval_95"][m][k], COLORS[j % 10])
             for point in points:
-                plot.dot(*point, COLORS[j % 6], 3.5, hollow=m == "M")
-    plot.key([(COLORS[j % 6], arm) for j, arm in enumerate(arms)] + [("", ""), ("", "filled, solid: IF, all turns so far"),
+                plot.dot(*point, COLORS[j % 10], 3.5, hollow=m == "M")
+    plot.key([(COLORS[j % 10], arm) for j, arm in enumerate(arms)] + [("", ""), ("", "filled, solid: IF, all turns so far"),
                                                                      ("", "hollow, dashed: M, this turn alone")])
     plot.save(path)
 
@@ -313,12 +313,12 @@ def draw_plane(results, path):
             plot.line(curve, "#b9c4d0", 1)
             plot.text(plot.at(*curve[0]), f"O {level}", "#8794a3", 10, "lb" if curve[0][1] < y[1] - .02 * (y[1] - y[0]) else "lt")
     for j, (arm, ps) in enumerate(points.items()):
-        plot.line(ps, COLORS[j % 6], 2)
+        plot.line(ps, COLORS[j % 10], 2)
         for k, p in enumerate(ps):
-            plot.dot(*p, COLORS[j % 6], 4)
+            plot.dot(*p, COLORS[j % 10], 4)
             cx, cy = plot.at(*p)
-            plot.text((cx + 7, cy + 3), str(k + 1), COLORS[j % 6], 11)
-    plot.key([(COLORS[j % 6], arm) for j, arm in enumerate(arms)] + [("", ""), ("", "numbers: turns"), ("", "grey lines: equal overall O")])
+            plot.text((cx + 7, cy + 3), str(k + 1), COLORS[j % 10], 11)
+    plot.key([(COLORS[j % 10], arm) for j, arm in enumerate(arms)] + [("", ""), ("", "numbers: turns"), ("", "grey lines: equal overall O")])
     plot.save(path)
 
 
@@ -336,10 +336,10 @@ def draw_bars(groups, arms, title, y_title, path, legend=(), width=None):
             wide = .8 / len(row)
             left = g - .4 + j * wide
             if math.isfinite(value):
-                plot.bar(left + .02, left + wide - .02, 0, value, COLORS[list(arms).index(arm) % 6])
+                plot.bar(left + .02, left + wide - .02, 0, value, COLORS[list(arms).index(arm) % 10])
                 plot.span(left + wide / 2, low, high)
     plot.line([(plot.x[0], 0), (plot.x[1], 0)], "#888888", 1)
-    plot.key([(COLORS[j % 6], arm) for j, arm in enumerate(arms)] + [("", ""), *[("", text) for text in legend]])
+    plot.key([(COLORS[j % 10], arm) for j, arm in enumerate(arms)] + [("", ""), *[("", text) for text in legend]])
     plot.save(path)
 
 
@@ -354,11 +354,11 @@ def draw_drift(results, path):
               "mean |RGB difference| from the original, of 255")
     for j, (arm, v) in enumerate(arms.items()):
         shift = .06 * (j - (len(arms) - 1) / 2)
-        plot.line([(k + 1 + shift, v["nothing"][k]) for k in range(K)], COLORS[j % 6], 2)
+        plot.line([(k + 1 + shift, v["nothing"][k]) for k in range(K)], COLORS[j % 10], 2)
         for k in range(K):
-            plot.span(k + 1 + shift, *v["interval_95"]["nothing"][k], COLORS[j % 6])
-            plot.dot(k + 1 + shift, v["nothing"][k], COLORS[j % 6], 3.5)
-    plot.key([(COLORS[j % 6], arm) for j, arm in enumerate(arms)] + [("", ""), ("", "K times 'Change nothing'")])
+            plot.span(k + 1 + shift, *v["interval_95"]["nothing"][k], COLORS[j % 10])
+            plot.dot(k + 1 + shift, v["nothing"][k], COLORS[j % 10], 3.5)
+    plot.key([(COLORS[j % 10], arm) for j, arm in enumerate(arms)] + [("", ""), ("", "K times 'Change nothing'")])
     plot.save(path)
 
 
