@@ -271,6 +271,14 @@ def test_a_server_that_is_gone_does_not_hold_up_the_run():
     assert scores(judge, prompts(60, seed=1)).isnan().all() and "refused" in judge.words
 
 
+def test_a_server_that_fails_now_and_then_is_asked_to_the_end():
+    """Failures counted over the whole batch, not in a row: half of the step unjudged for a few bad pictures."""
+    with Server(lambda body, digit, n: 400 if digit % 2 else None) as server:
+        asked = prompts(60)
+        got, odd = scores(reward.load(server.spec, reasoning="direct", judge_workers=1), asked), digits(asked) % 2 == 1
+        assert got[odd].isnan().all() and not got[~odd].isnan().any() and odd.sum() > 16 and len(server.asked()) == 60
+
+
 def test_what_is_no_server_is_refused_in_one_line(monkeypatch):
     """A traceback; or a run that starts and fails on every call; or a model chosen for the user out of several."""
     with socket.socket() as free:
