@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -754,6 +755,17 @@ def test_a_step_of_several_sizes_is_one_update(algo):
         for got, gradient in zip(recorder.gradients, expected, strict=True):
             assert_close(got, gradient, 1e-3)              # a second turn sees the rounding of the first
         assert info["parts"]["loss"] == pytest.approx(info["whole"]["loss"], rel=1e-3, abs=1e-6)
+
+
+def test_the_launch_lines_of_the_docs_are_possible():
+    """Catches: an example that the first user types in vain: flags of last month, tasks that the processes do not divide."""
+    text = "\n".join(file.read_text() for file in [ROOT / "README.md", ROOT / "train.py", *sorted((ROOT / "docs").glob("*.md"))])
+    lines = re.findall(r"(?:torchrun|python) ((?:--\S+ )*)train\.py([^\n`]*)", text.replace("\\\n", " "))
+    for launcher, flags in lines:
+        launch = dict(word.lstrip("-").split("=") for word in launcher.split())
+        cfg = train.parse(shlex.split(re.split(" {3,}#| {5,}", flags)[0].replace("...", "")))
+        train.check(cfg, int(launch.get("nproc_per_node", 1)) * int(launch.get("nnodes", 1)))
+    assert len(lines) > 15
 
 
 @pytest.mark.parametrize("preset, algo", train.PRESETS)
