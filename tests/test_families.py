@@ -10,6 +10,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import edival
 import gpu_check
 import model
 import train
@@ -40,16 +41,17 @@ def one_task(size, text=TEXTS[0]):
 
 
 def pipelines_own(pipe, family, task, T, size, noise, guidance, monkeypatch):
-    """diffusers' own edit from given noise -> latents (1, N, C) before its decoder, picture (1, 3, H, W) uint8."""
+    """diffusers' own edit -> latents (1, N, C) before its decoder, picture (1, 3, H, W) uint8; noise (N, C), or a generator to draw it."""
     H, W = size
-    last = []
-    call = dict(image=task.image, prompt=task.instructions[0], latents=noise[None], num_inference_steps=T,
+    last, drawn = [], isinstance(noise, torch.Generator)
+    call = dict(image=task.image, prompt=task.instructions[0], num_inference_steps=T,
                 height=H, width=W, callback_on_step_end=lambda pipe, i, t, kwargs: last.append(kwargs["latents"]) or {})
+    call |= dict(generator=noise) if drawn else dict(latents=noise[None])
     if family == "kontext":
         call |= dict(guidance_scale=guidance, max_area=H * W, _auto_resize=False, max_sequence_length=14)
     elif family == "klein":
-        latents = noise.T.reshape(1, -1, H // 16, W // 16)
-        call |= dict(guidance_scale=guidance, latents=latents, max_sequence_length=48)
+        call |= dict(guidance_scale=guidance, max_sequence_length=48)
+        call |= {} if drawn else dict(latents=noise.T.reshape(1, -1, H // 16, W // 16))
     else:
         call |= dict(true_cfg_scale=guidance, negative_prompt=" " if guidance > 1 else None)
         edit, plus = pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus      # else their context is always 1 MP
@@ -84,6 +86,20 @@ def test_one_turn_of_rollout_is_the_pipelines_own_output(case, size, monkeypatch
     assert torch.allclose(trajectory.x[:, 0, -1], latents, atol=1e-5)
     difference = (trajectory.images[:, 1].int() - picture.int()).abs()       # a value may lie on the edge of a rounding
     assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
+
+
+@FAMILIES
+def test_the_protocol_of_edival_is_the_pipeline_with_its_seed(family, monkeypatch):
+    """Catches: noise of seed 1234 packed otherwise than the pipeline packs what it draws; guidance or size of another family."""
+    pipe, size, task = PIPES[family](), (96, 96), one_task((96, 96))
+    name = type(pipe).__name__
+    rule = edival.BASELINES[name]._replace(steps=3, size=96, text=0)
+    monkeypatch.setitem(edival.BASELINES, name, rule)
+    editor, T = edival.as_baseline(tiny_editor(family, pipe))
+    ours = rollout(editor, [task], 1, 1, T, (0,), start_noise=edival.baseline_noise(editor, 1234))
+    theirs, picture = pipelines_own(pipe, family, task, 3, size, torch.Generator().manual_seed(1234), rule.guidance, monkeypatch)
+    assert torch.allclose(ours.x[:, 0, -1], theirs, atol=1e-5)
+    assert ((ours.images[:, 1].int() - picture.int()).abs() > 0).float().mean() < 1e-3
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
