@@ -181,7 +181,8 @@ def latex(results):
     for title, note, header, rows in tables(results):
         lines += ["", r"\begin{table}", r"\centering\small",
                   rf"\caption{{{escape(title)}. {escape(note)} {escape(PROFILES[results['profile']].capitalize())}.}}",
-                  rf"\begin{{adjustbox}}{{max width=\linewidth}}\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", " & ".join(map(head, header)) + r" \\", r"\midrule"]
+                  rf"\begin{{adjustbox}}{{max width=\linewidth}}\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule",
+                  " & ".join(map(head, header)) + r" \\", r"\midrule"]
         lines += [" & ".join(map(head, row)) + r" \\" for row in rows] + [r"\bottomrule", r"\end{tabular}\end{adjustbox}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 

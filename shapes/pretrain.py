@@ -441,7 +441,8 @@ FEATURES = torch.tensor([[0, 0, 0], *[[1 + world.SHAPES.index(o.shape), 1 + list
 
 def feature_loss(logits, contents, weight):
     """Cross-entropy of shape, colour and material, 0 = nothing: logits (n, 7 + 7 + 4), contents (n,) with -1 = nobody can tell, weight (n,)."""
-    loss = sum(torch.nn.functional.cross_entropy(p, FEATURES[contents, i], ignore_index=-1, reduction="none") for i, p in enumerate(logits.split([7, 7, 4], 1)))
+    loss = sum(torch.nn.functional.cross_entropy(p, FEATURES[contents, i], ignore_index=-1, reduction="none")
+               for i, p in enumerate(logits.split([7, 7, 4], 1)))
     return (loss * weight).sum() / weight.sum()
 
 
@@ -506,7 +507,8 @@ def train_judge(work, steps, batch=32, lr=2e-3, dialogues=4000):
             right_loss = (torch.nn.functional.cross_entropy(right, true[:, 1].flatten(), reduction="none") * asked).sum() / asked.sum()
             (score_loss + word_loss * (kind[2] == "think") + .1 * word_loss * (kind[2] == "direct")
              + .3 * read_loss + should_loss + right_loss).backward()
-            for name, value in (("read", read_loss), ("should " + kind[1], should_loss), ("right " + kind[1], right_loss), ("-".join(kind), score_loss), ("words " + kind[1], word_loss)):
+            for name, value in (("read", read_loss), ("should " + kind[1], should_loss), ("right " + kind[1], right_loss),
+                                ("-".join(kind), score_loss), ("words " + kind[1], word_loss)):
                 seen[name] = .98 * seen.get(name, value.item()) + .02 * value.item()
         torch.nn.utils.clip_grad_norm_(params.values(), 1)
         for part in optimizers + schedules:
