@@ -6,11 +6,12 @@
     context = editor.encode(pictures)                  # (S, N, C)
     v = editor.velocity(x, t, cond, context, size)     # (S, N, C)
     pictures = editor.decode(x, size)                  # (S, 3, H, W) uint8
-    with editor.weights("old"): ...                    # policy | old | ref | ema
+    with editor.using("old"): ...                    # policy | old | ref | ema
 
 Latents x (S, N, C) are packed tokens; t in [0, 1], 1 = noise; pictures (S, 3, H, W) uint8; size = (H, W).
 diffusers' own 0..1000 timesteps appear in this file only.
 """
+import hashlib
 import json
 import math
 import os
@@ -156,7 +157,7 @@ class Editor:
         return torch.cartesian_prod(torch.tensor(layers), torch.arange(h), torch.arange(w)).to(self.device)
 
     @contextmanager
-    def weights(self, name):
+    def using(self, name):
         """Run with another weight set: policy (being trained), old (sampled), ref (before training), ema (averaged)."""
         policy = [p.data for p in self.trained.values()]
         if name != "policy":
@@ -300,26 +301,62 @@ FAMILIES = {"FluxKontextPipeline": KontextEditor, "Flux2KleinPipeline": KleinEdi
             "QwenImageEditPipeline": QwenEditor, "QwenImageEditPlusPipeline": QwenPlusEditor}
 
 
-def load(path, device="cpu", dtype=torch.float32, guidance=None, offload=False):
+def fingerprint(path):
+    """Short digest of the content at a path: a model folder, a LoRA file or folder, a hub id's cached files (else its name)."""
+    folder = _locate(path)
+    if not folder.exists():
+        from huggingface_hub import snapshot_download
+        try:
+            folder = Path(snapshot_download(str(path), local_files_only=True))
+        except (OSError, ValueError):
+            return hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    if not (folder / "model_index.json").is_file():
+        folder = find_weights(folder)
+    digest = hashlib.sha256()
+    files = [folder] if folder.is_file() else sorted(f for f in folder.rglob("*") if f.suffix in CONTENT and f.is_file())
+    for file in files:
+        digest.update(f"{file.relative_to(folder)} {file.stat().st_size} ".encode())
+        with open(file, "rb") as opened:
+            step = max(1 << 20, file.stat().st_size // 256)
+            for start in range(0, file.stat().st_size, step):
+                opened.seek(start)
+                digest.update(opened.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+CONTENT = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")
+
+
+def _locate(path):
+    path = Path(path)
+    here = Path(__file__).parent / path              # shapes/editor is found from any working directory
+    return here if here.is_dir() and not path.exists() else path
+
+
+def load(path, device="cpu", dtype=None, guidance=None, offload=False):
     """Load an editor from a diffusers folder or hub id. ValueError if it is none, or of a family not supported.
 
+    `dtype` None: float32 on a CPU and for small models (transformer under 1 GB of files), else bfloat16.
     `guidance` None: the family's own. `offload`: text encoders are on the device only while they work.
     """
     import transformers
     transformers.logging.set_verbosity_error()       # else it reports on processors that no editor here uses
     import diffusers
     from diffusers import DiffusionPipeline
-    if not Path(path).is_dir() and (Path(__file__).parent / path).is_dir():
-        path = Path(__file__).parent / path          # the embedded editor, from any working directory
+    path = _locate(path)
     index = Path(path) / "model_index.json"
     try:
-        name = (json.loads(index.read_text()) if index.parent.is_dir() else DiffusionPipeline.load_config(path))["_class_name"]
+        name = (json.loads(index.read_text()) if index.parent.is_dir() else DiffusionPipeline.load_config(str(path)))["_class_name"]
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"--model {path} is no editor: it has no readable model_index.json ({type(error).__name__})") from None
     if name not in FAMILIES:
         raise ValueError(f"--model {path} is a {name}; supported are {', '.join(FAMILIES)}")
+    if dtype is None:
+        size = sum(file.stat().st_size for file in (Path(path) / "transformer").glob("*.safetensors"))
+        small = Path(path).is_dir() and size < 1e9
+        dtype = torch.float32 if small or torch.device(device).type == "cpu" else torch.bfloat16
     try:
-        pipe = getattr(diffusers, name).from_pretrained(path, dtype=dtype)
+        pipe = getattr(diffusers, name).from_pretrained(str(path), dtype=dtype)
     except (OSError, SafetensorError, ImportError) as error:     # ImportError: a processor that needs torchvision
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"--model {path} is no editor that can be loaded: {reason}") from None
@@ -390,7 +427,7 @@ def save_weights(editor, folder, name="policy"):
     alpha / r is folded into B: files of PEFT's layout, or without alpha, load in diffusers with another effect or none.
     """
     folder = Path(folder)
-    with editor.weights(name):
+    with editor.using(name):
         if not any(isinstance(m, LoRALinear) for m in editor.transformer.modules()):
             editor.transformer.save_pretrained(folder / "transformer")
             return

@@ -366,7 +366,7 @@ def sample(editor, cfg, size=(64, 80), micro=2):
     for task in tasks:
         task.instructions = [task.instructions[0], TEXTS[2]]
     window = dict(eta=cfg.eta, kind=cfg.step_kind, window=cfg.window, start=1) if cfg.algo == "grpo" else {}
-    with editor.weights("old"):
+    with editor.using("old"):
         return rollout(editor, tasks, cfg.group, cfg.turns, cfg.denoise, (0, 1), **window, micro=micro)
 
 

@@ -228,7 +228,7 @@ def test_weight_sets_swap_and_come_back():
     args, policy, seen = inputs(editor), set_apart(editor), {}
     with torch.no_grad():
         for name in ("policy", "ref", "old", "ema"):
-            with editor.weights(name) as inside:
+            with editor.using(name) as inside:
                 assert inside is editor
                 expected = policy if name == "policy" else editor.sets[name]
                 assert all(torch.equal(p, q) for p, q in zip(editor.trained.values(), expected))
@@ -243,11 +243,11 @@ def test_the_policy_comes_back_after_an_exception_and_from_inside_another_set():
     editor = new_editor(4)
     policy = set_apart(editor)
     with pytest.raises(KeyError):
-        with editor.weights("old"), editor.weights("ref"):
+        with editor.using("old"), editor.using("ref"):
             raise KeyError
     assert all(torch.equal(p, q) for p, q in zip(editor.trained.values(), policy))
-    with editor.weights("old"):
-        with editor.weights("ref"):
+    with editor.using("old"):
+        with editor.using("ref"):
             pass
         assert all(torch.equal(p, q) for p, q in zip(editor.trained.values(), editor.sets["old"]))
 
@@ -303,7 +303,7 @@ def test_our_own_loader_gives_the_same_velocity(tmp_path, as_folder):
         assert torch.allclose(loaded.velocity(*args), expected, atol=1e-5)
         assert (expected - base).abs().max() > 1e-3
         for name in ("old", "ref", "ema"):
-            with loaded.weights(name):
+            with loaded.using(name):
                 assert torch.allclose(loaded.velocity(*args), expected, atol=1e-5)
     loaded.velocity(*args).sum().backward()
     assert all(p.grad is not None for p in loaded.trained.values())
@@ -368,7 +368,7 @@ def test_rank_0_trains_saves_and_loads_the_whole_transformer(tmp_path):
     theirs = FluxTransformer2DModel.from_pretrained(tmp_path / "transformer").state_dict()
     assert all(torch.equal(theirs[n], v) for n, v in zip(editor.trained, editor.sets["ema"]))
     loaded = model.load_weights(new_editor(), tmp_path)
-    with torch.no_grad(), editor.weights("ema"):
+    with torch.no_grad(), editor.using("ema"):
         assert torch.allclose(loaded.velocity(*args), editor.velocity(*args), atol=1e-5)
     loaded.velocity(*args).sum().backward()
     assert list(loaded.trained) == list(editor.trained) and any(p.grad is not None for p in loaded.trained.values())
