@@ -1,19 +1,18 @@
-"""Tasks (editing dialogues) from a JSONL file, from a CSV in EdiVal's form, or from the embedded world.
+"""Tasks (editing dialogues) from a JSONL file or from the embedded world, and how every script starts and ends.
 
-    load("shapes", "train", K=3)                                   the embedded world: splits train, val, test
-    load("tasks.jsonl", "train", K=3, resolution=512)
-    load("edival.csv", "all", K=3, resolution=512, images="folder of its pictures")
-
-A line of the JSONL: {"image": "path relative to the file", "instructions": ["...", "..."], "kinds": ["color_alter", "..."]},
-kinds optional. A picture keeps its aspect ratio: it is scaled to an area of resolution x resolution with sides that are
-multiples of 16 pixels, and the little that this leaves over is cropped at the centre.
+A line of the file: {"image": "path relative to it", "instructions": ["...", "..."], "kinds": ["color_alter", "..."]},
+kinds optional. A picture is read when it is used; its size is known from the header of its file.
+EdiVal-Bench's CSV is read by bench/edival.py.
 """
-import ast
-import csv
+import argparse
+import functools
 import hashlib
 import json
 import math
 import re
+import sys
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,31 +20,31 @@ from PIL import Image, ImageOps
 
 from rollout import Task
 
-VAL_TASKS = 16     # of a file, the last so many (at most a fifth, at least one) are kept for validation
-MULTIPLE = 16      # of every supported editor: 8 pixels of its VAE, 2 x 2 patches
-EDIVAL = "1c17f9f579c5"    # how the SHA-256 of EdiVal-Bench's own CSV begins
+VAL_TASKS = 16         # of a file, the last so many (at most a fifth, at least one) are kept for validation
+SHAPES_TASKS = 4096    # of the embedded world, which has no end
+MULTIPLE = 16          # of every supported editor: 8 pixels of its VAE, 2 x 2 patches
+ASPECTS = ("1:2", "9:16", "2:3", "3:4", "4:5", "1:1", "5:4", "4:3", "3:2", "16:9", "2:1")     # width : height
 
 
-def load(spec, split="train", K=3, resolution=512, limit=4096, images=""):
-    """Tasks of a split (train, val, test, all), each with at least K instructions. ValueError names what is wrong, and where.
+def load(spec, split="train", K=3, resolution=512, limit=None):
+    """Tasks of 'shapes' (train, val, test) or a file (train, val without train's tasks; test, all: the whole file).
 
-    train and val of a file have no task in common; its test and all are the whole file.
+    Each has at least K instructions; `limit` takes the first so many. ValueError names what is wrong, and where.
     """
     if spec == "shapes":
-        return load_shapes(split, K, limit)
+        return load_shapes(split, K, SHAPES_TASKS if limit is None else limit)
     path = Path(spec)
     if not path.is_file():
-        raise ValueError(f"--data {path}: no such file (give a JSONL file, a CSV of EdiVal's form, or 'shapes' for the embedded world)")
-    tasks = read_edival(path, K, images) if path.suffix == ".csv" else read_jsonl(path, K)
-    if not tasks:
+        raise ValueError(f"--data {path}: no such file (give a JSONL file, or 'shapes' for the embedded world)")
+    rows = [check_row(row, where, K) for where, row in read_rows(path)]
+    if not rows:
         raise ValueError(f"{path} holds no tasks")
-    if split in ("train", "val"):
-        n_train = len(tasks) - min(VAL_TASKS, max(1, len(tasks) // 5)) if len(tasks) > 1 else 1
-        tasks = tasks[:n_train] if split == "train" else tasks[n_train:]
-    tasks = tasks[:limit]
-    for task in tasks:
-        task.image = load_picture(task.image, resolution, task.meta["where"])
-    return tasks
+    n_val = min(VAL_TASKS, max(1, len(rows) // 5)) if len(rows) > 1 else 0
+    if split == "train":
+        rows = rows[:len(rows) - n_val]
+    elif split == "val":
+        rows = rows[len(rows) - n_val:]
+    return [picture_task(path.parent / image, *rest, resolution) for image, *rest in rows[:limit]]
 
 
 def load_shapes(split, K, n, start=0):
@@ -57,154 +56,172 @@ def load_shapes(split, K, n, start=0):
             for picture, (instructions, kinds, scenes) in zip(pictures, dialogues)]
 
 
-def alone(task, k):
-    """Instruction k of a task on a clean context, as a task of one turn: what the exposure-bias gap compares with.
-
-    Embedded world: the rendered scene expected before turn k. Photographs: the original picture, and None where the
-    instruction speaks of what an earlier one made.
-    """
-    words = dict(instructions=[task.instructions[k]], kinds=[task.kinds[k]])
-    if "scenes" in task.meta:
-        from shapes import world
-        scenes = task.meta["scenes"][k:k + 2]
-        return Task(Image.fromarray(world.render(scenes[:1])[0]), **words, meta={"scenes": scenes})
-    dependent = task.meta["dependent"][k] if "dependent" in task.meta else _speaks_of_earlier(task, k)
-    return None if dependent else Task(task.image, **words, meta={name: task.meta[name] for name in ("index", "where") if name in task.meta})
-
-
-_USUAL = set("""add make change turn replace remove delete take away move place put swap paint color colour background material
-    position count text image picture photo scene with from into onto that this the and for left right above below under over near next
-    behind front side have keep them their its more red blue green yellow black white brown gray grey pink orange purple wooden wood metal
-    plastic glass leather fabric dark light large small""".split())
-_MAKES = ("", "subject_add", "subject_replace", "color_alter", "material_alter")     # kinds after which something has another name
-
-
-def _speaks_of_earlier(task, k):
-    """Cautious, where no list of objects says it: does instruction k share a word with an earlier one that made something?"""
-    words = lambda text: {w.rstrip("s") for w in re.findall(r"\w{3,}", text.lower())} - _USUAL
-    return any(words(task.instructions[k]) & words(task.instructions[j]) for j in range(k) if task.kinds[j] in _MAKES)
-
-
-# Both readers give tasks whose image is still a path: only pictures of the split asked for are read.
-
-def read_jsonl(path, K):
-    tasks = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):       # not splitlines: it also splits at U+2028
-        where = f"{path} line {number}"
-        try:
-            line = line.decode("utf-8-sig")
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
-        if row is None:
-            continue
-        if not isinstance(row, dict) or not isinstance(row.get("image"), str):
-            raise ValueError(f'{where} lacks "image", the path of a picture')
-        instructions = row.get("instructions")
-        check_strings(instructions, where, K)
-        kinds = row.get("kinds", [""] * len(instructions))
-        if not isinstance(kinds, list) or len(kinds) != len(instructions) or not all(isinstance(kind, str) for kind in kinds):
-            raise ValueError(f'{where}: "kinds" must be a list of {len(instructions)} names, one for each instruction')
-        tasks.append(Task(path.parent / row["image"], instructions, kinds, {"line": number, "where": where}))
-    return tasks
-
-
-def read_edival(path, K, images):
-    """Tasks of a CSV in the form of EdiVal's instruction generator: a row for each (image_index, turns), the last one counts.
-
-    `images` holds the pictures, named INDEX_input_raw or INDEX with any suffix; None: tasks without pictures. List columns
-    are Python literals. What else the last row says (format_instructions, unchanged_objects, ...) is in meta, for judges that
-    want it; of every turn there are `background_kept`: False from a background change on, where EdiVal has no consistency;
-    `objects_kept`: the objects that should be unchanged so far; `dependent`: does it name what an earlier turn made?
-    ValueError if a dialogue has the rows of some turns only.
-    """
-    if images is not None and not (images and Path(images).is_dir()):
-        raise ValueError(f"--data {path} needs --images, the folder of its pictures" + (f"; {images} is no folder" if images else ""))
-    files = {}
-    for file in sorted(Path(images).iterdir()) if images else []:
-        files.setdefault(file.stem.removesuffix("_input_raw"), file)
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader, dialogues = csv.DictReader(file), {}
-        missing = {"image_index", "turns", "task_type", "instructions"} - set(reader.fieldnames or [])
-        if missing:
-            raise ValueError(f"{path} is no CSV of EdiVal's form: it has no column {', '.join(sorted(missing))}")
-        for row in reader:
-            where = f"{path} line {reader.line_num}"
+def read_rows(path):
+    """The JSON values of a file, one a line, each after its place in words."""
+    # bytes end a line at \n only, text also at U+2028, which JSON allows in a string
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path} line {number}"
             try:
-                row = {name: literal(value or "") for name, value in row.items() if name} | {"where": where}
-                dialogues.setdefault(row["image_index"], {})[int(row["turns"])] = row
-            except (ValueError, SyntaxError) as error:
-                raise ValueError(f"{where} cannot be read: {error}") from None
-    tasks = []
-    for index, turns in dialogues.items():
-        row = turns[max(turns)]
-        check_strings(row["instructions"], row["where"], K)
-        if not isinstance(row["task_type"], list) or len(row["task_type"]) != len(row["instructions"]):
-            raise ValueError(f'{row["where"]}: "task_type" must be a list of {len(row["instructions"])} names, one for each instruction')
-        if images is not None and index not in files:
-            raise ValueError(f"{row['where']}: --images {images} holds no {index}_input_raw.* and no {index}.*")
-        if len(turns) > 1 and sorted(turns) != list(range(1, max(turns) + 1)):
-            raise ValueError(f"{row['where']}: dialogue {index} has turns {sorted(turns)}, expected 1 to {max(turns)} without a hole")
-        meta = row | {"index": int(index) if index.isdigit() else index} | by_turn([turns[k] for k in sorted(turns)])
-        tasks.append(Task(files.get(index), row["instructions"], row["task_type"], meta))
-    return tasks
+                line = line.decode("utf-8-sig").strip()
+                row = json.loads(line) if line else None
+                json.dumps(row, ensure_ascii=False).encode()     # half a surrogate pair is JSON, but no text
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where} is not JSON in UTF-8: {error}") from None
+            if line:
+                yield where, row
 
 
-def by_turn(rows):
-    """What the rows of one dialogue say of each turn: see `read_edival`; {} for a dialogue of one row, or without these columns."""
-    if len(rows) < len(rows[-1]["instructions"]) or not {"bg_consistency", "unchanged_objects", "all_objects",
-                                                         "format_instructions"} <= rows[0].keys():
-        return {}
-    made, dependent = [], []
-    for k, row in enumerate(rows):
-        named = " | ".join(re.findall(r"\[([^\]]*)\]", row["format_instructions"][k]))
-        dependent.append(any(re.search(rf"\b{re.escape(name)}\b", named) for name in made))
-        if k:
-            made += [name for name in row["all_objects"] if name not in rows[k - 1]["all_objects"]]
-        elif row["task_type"][0] in ("subject_add", "subject_replace", "color_alter", "material_alter"):
-            made += row["all_objects"][-1:]                  # the untouched picture's list is not in the file; new names come last
-    return {"background_kept": [row["bg_consistency"] for row in rows], "objects_kept": [row["unchanged_objects"] for row in rows],
-            "dependent": dependent}
-
-
-def literal(value):
-    """A cell of the CSV: a list or a truth value as Python writes it, read without running it; else its text."""
-    return ast.literal_eval(value) if value.startswith("[") or value in ("True", "False") else value
-
-
-def check_strings(instructions, where, K):
-    if not isinstance(instructions, list) or not instructions or not all(isinstance(i, str) and i.strip() for i in instructions):
+def check_row(row, where, K):
+    """A line's (picture, instructions, kinds, where). ValueError says what it lacks."""
+    if not isinstance(row, dict) or not isinstance(row.get("image"), str):
+        raise ValueError(f'{where} lacks "image", the path of a picture')
+    instructions = row.get("instructions")
+    listed = isinstance(instructions, list) and len(instructions) > 0
+    if not listed or not all(isinstance(text, str) and text.strip() for text in instructions):
         raise ValueError(f'{where} lacks "instructions", a list of strings')
     if len(instructions) < K:
         raise ValueError(f"{where} has {len(instructions)} instructions, fewer than the {K} turns asked for")
+    kinds = row.get("kinds", [""] * len(instructions))
+    if not isinstance(kinds, list) or len(kinds) != len(instructions) or not all(isinstance(k, str) for k in kinds):
+        raise ValueError(f'{where}: "kinds" must be a list of {len(instructions)} names, one for each instruction')
+    return row["image"], instructions, kinds, where
 
 
-def is_benchmark(spec):
-    """Is this EdiVal-Bench's own CSV, which nothing may be trained on that is to be measured by it?"""
-    return spec.endswith(".csv") and hashlib.sha256(Path(spec).read_bytes()).hexdigest().startswith(EDIVAL)
+def picture_task(path, instructions, kinds, where, resolution):
+    """A task whose picture is a file. ValueError if there is none; what is broken in it is said when it is used."""
+    with opened(path, where) as image:
+        width, height = fit_size(*header_size(image), resolution)
+    read = functools.partial(load_picture, path, resolution, where)
+    return Task(read, instructions, kinds, {"where": where, "file": path}, (height, width))
 
+
+def alone(task, k):
+    """Instruction k on a clean context, as a task of one turn; None where it speaks of what an earlier one made."""
+    turn = {"instructions": [task.instructions[k]], "kinds": [task.kinds[k]]}
+    # the embedded world draws the scene that turn k expects, photographs have only the original
+    if "scenes" in task.meta:
+        from shapes import world
+        scenes = task.meta["scenes"][k:k + 2]
+        return Task(Image.fromarray(world.render(scenes[:1])[0]), meta={"scenes": scenes}, **turn)
+    dependent = task.meta["dependent"][k] if "dependent" in task.meta else _speaks_of_earlier(task, k)
+    if dependent:
+        return None
+    meta = {name: task.meta[name] for name in ("index", "where", "file") if name in task.meta}
+    return Task(task.image, meta=meta, size=task.size, **turn)
+
+
+_USUAL = set("""add make change turn replace remove delete take away move place put swap paint color colour background
+    material position count text image picture photo scene with from into onto that this the and for left right above
+    below under over near next behind front side have keep them their its more red blue green yellow black white brown
+    gray grey pink orange purple wooden wood metal plastic glass leather fabric dark light large small""".split())
+# after these kinds of edit something has a new name
+_MAKES = ("", "subject_add", "subject_replace", "color_alter", "material_alter")
+
+
+def _speaks_of_earlier(task, k):
+    """Cautious, where no list of objects says it: does instruction k share a word with one that made something?"""
+    def words(text):
+        return {word.rstrip("s") for word in re.findall(r"\w{3,}", text.lower())} - _USUAL
+    made = [task.instructions[j] for j in range(k) if task.kinds[j] in _MAKES]
+    return any(words(task.instructions[k]) & words(earlier) for earlier in made)
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
 
 def fit_size(width, height, resolution):
-    """(W, H) of a picture scaled to an area of resolution^2, its aspect ratio kept, rounded to multiples of MULTIPLE."""
-    scale = resolution / math.sqrt(width * height)
-    return tuple(max(1, round(side * scale / MULTIPLE)) * MULTIPLE for side in (width, height))
+    """(W, H) that a picture is scaled and cropped to: about resolution^2 pixels, sides multiples of MULTIPLE.
+
+    Its shape is the nearest of ASPECTS: the tasks of one training step need one size, so there must not be many. That
+    crops up to a tenth, and what is longer than 2 : 1. resolution None: its own size.
+    """
+    if resolution is None:
+        return width, height
+    shapes = [tuple(map(int, aspect.split(":"))) for aspect in ASPECTS]
+    w, h = min(shapes, key=lambda shape: abs(math.log(shape[0] * height / (shape[1] * width))))
+    sides = resolution * math.sqrt(w / h), resolution * math.sqrt(h / w)
+    return tuple(max(1, round(side / MULTIPLE)) * MULTIPLE for side in sides)
+
+
+@contextmanager
+def opened(path, where):
+    """A picture's file, its header read. Whatever PIL raises in the block becomes a ValueError of one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                yield image
+    # PIL raises many kinds for broken files
+    except Exception as error:
+        raise ValueError(f"{where}: picture {path} cannot be read ({one_line(error)})") from None
+
+
+def header_size(image):
+    """(width, height) of an opened picture as it is shown. EXIF data may turn it; a TIFF's size is turned already."""
+    # not image.getexif(): that of a PNG decodes all pixels to look behind them
+    orientation = Image.Image.getexif(image).get(0x0112, 1)
+    turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"
+    return image.size[::-1] if turned else image.size
 
 
 def load_picture(path, resolution, where):
-    """Read a picture as RGB, upright, on white where it is transparent, scaled and cropped to `fit_size`."""
+    """A picture as RGB, upright, on white where it is transparent, of the size that `fit_size` says."""
+    with opened(path, where) as image:
+        size = fit_size(*header_size(image), resolution)
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no known range: save it with 8 bits")
+        # 16 bits a pixel: PIL would cut off what is above 255
+        if image.mode.startswith("I"):
+            grey = np.asarray(image).clip(0, 65535) / 257
+            image = Image.fromarray(grey.round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    return ImageOps.fit(image, size, Image.LANCZOS)
+
+
+# ------------------------------------------------------------------------------------------------------ fingerprints
+
+def fingerprint(task):
+    """Short digest of a task's instructions, kinds and picture: the content of its file, wherever that lies."""
+    digest = hashlib.blake2b(json.dumps([task.instructions, task.kinds]).encode(), digest_size=8)
+    if "file" in task.meta:
+        digest.update(Path(task.meta["file"]).read_bytes())
+    else:
+        digest.update(repr(task.size).encode() + task.picture().tobytes())
+    return digest.hexdigest()
+
+
+def file_fingerprint(spec):
+    """Short digest of a file that `load` takes and of the sizes in bytes of its pictures; of the world's source."""
+    path = Path(__file__).parent / "shapes" / "world.py" if spec == "shapes" else Path(spec)
+    digest = hashlib.blake2b(path.read_bytes(), digest_size=8)
+    for _, row in read_rows(path) if spec != "shapes" else []:
+        digest.update(f"{(path.parent / row['image']).stat().st_size} ".encode())
+    return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------- scripts
+
+class Parser(argparse.ArgumentParser):
+    """Refuses a flag by a ValueError of one line in place of all flags."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def run_main(main):
+    """Run a script. What its user can cause is one line on stderr and exit code 2, Ctrl-C one line and 130."""
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                        # 16 bits a pixel: PIL would cut off what is above 255
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            if image.mode == "F":
-                raise ValueError("floating-point pixels have no known range, save it with 8 bits")
-            image = image.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"{where}: picture {path} does not exist") from None
-    except Exception as error:      # PIL raises many kinds for broken files
-        raise ValueError(f"{where}: picture {path} cannot be read ({error})") from None
-    return ImageOps.fit(image, fit_size(*image.size, resolution), Image.LANCZOS)
+        main()
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        message = "interrupted" if interrupted else one_line(error)
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        sys.exit(130 if interrupted else 2)

@@ -1,15 +1,18 @@
 """Tasks from files: right pictures, right splits, and one clear sentence for every bad line."""
-import csv
 import json
+import os
+import struct
+import sys
+import zlib
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 import data
-from fixtures import ROOT
+from rollout import Task
 
 RESOLUTION = 39     # the pictures below, 48 x 32, are of this area
 
@@ -50,9 +53,9 @@ def test_a_good_file_gives_its_tasks_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     first, second = data.load(path, "all", 3, RESOLUTION)
     assert first.instructions == ["Add a hat", "Remove the dog", "Make it blue"] and first.kinds == ["", "", ""]
-    assert second.instructions[3] == "Four" and second.kinds == ["color_alter"] * 4 and second.meta["line"] == 3
-    assert first.image.mode == "RGB" and first.image.size == (48, 32)
-    assert sides(first.image) == ((255, 0, 0), (0, 0, 255))
+    assert second.instructions[3] == "Four" and second.kinds == ["color_alter"] * 4 and second.meta["where"].endswith("line 3")
+    assert first.size == (32, 48) and first.picture().mode == "RGB" and first.picture().size == (48, 32)
+    assert sides(first.picture()) == ((255, 0, 0), (0, 0, 255))
 
 
 def test_lines_end_at_line_feeds_only(tmp_path):
@@ -63,30 +66,80 @@ def test_lines_end_at_line_feeds_only(tmp_path):
     assert [task.instructions for task in tasks] == [texts, row()["instructions"]]
 
 
+def brightness_box(pixels):
+    """Where a picture is black: (start, end) as shares of its width, and of its height."""
+    black = pixels.max(-1) < 40
+    shares = []
+    for line in (black.any(0), black.any(1)):
+        shares.append((line.argmax() / len(line), 1 - line[::-1].argmax() / len(line)))
+    return shares
+
+
 @pytest.mark.parametrize("size", [(512, 512), (4000, 3000), (600, 900), (100, 61), (1920, 1080), (300, 1000)])
-def test_pictures_keep_their_aspect_ratio(tmp_path, size):
-    """Pictures that are squeezed or squared, that grow with their ratio, with sides that patches do not divide."""
+def test_pictures_are_scaled_alike_both_ways_and_cropped_at_the_centre(tmp_path, size):
+    """Pictures that are squeezed or squared, cropped at one side, with sides that patches do not divide."""
     (w, h), (W, H) = size, data.fit_size(*size, 512)
-    assert W % 16 == H % 16 == 0 and abs(W * H / 512 ** 2 - 1) < .05 and abs(W / H / (w / h) - 1) < .05
-    assert data.fit_size(*size[::-1], 512) == (H, W)
+    assert W % 16 == H % 16 == 0 and abs(W * H / 512 ** 2 - 1) < .05
+    kept_w, kept_h = min(1, W / H * h / w), min(1, H / W * w / h)         # of a picture of another shape the rest is cut
+    assert min(kept_w, kept_h) > (.85 if max(w / h, h / w) <= 2 else .5)
     picture = Image.new("RGB", size, "white")
-    for colour, part in (("green", .96), ("black", .5)):         # at most 2 % of a side is cropped at each end
-        picture.paste(colour, [round(s / 2 + sign * s * part / 2) for sign in (-1, 1) for s in size])
+    picture.paste("black", [round(part * side) for part in (.4, .6) for side in size])
     picture.save(tmp_path / "p.png")
     pixels = np.asarray(data.load_picture(tmp_path / "p.png", 512, "here")).astype(int)
     assert pixels.shape == (H, W, 3)
-    black = (pixels.max(-1) < 40)
-    assert abs(black.any(0).sum() / W - .5) < .03 and abs(black.any(1).sum() / H - .5) < .03     # one scale both ways
-    assert abs(black.any(0).argmax() / W - .25) < .02 and abs(black.any(1).argmax() / H - .25) < .02
+    for kept, found in zip((kept_w, kept_h), brightness_box(pixels)):
+        assert found == pytest.approx((.5 - .1 / kept, .5 + .1 / kept), abs=.02)
+
+
+def test_pictures_of_any_shape_have_few_sizes():
+    """A size for every aspect ratio: no two tasks of a step could be stacked, and there is nothing to draw from."""
+    sizes = {data.fit_size(width, height, 512) for width in range(300, 1200, 7) for height in range(300, 1200, 11)}
+    assert len(sizes) <= 11 and (512, 512) in sizes
+    assert sizes == {size[::-1] for size in sizes}
+    for W, H in sizes:
+        assert data.fit_size(W, H, 512) == (W, H)                         # a picture that was fitted stays as it is
+    assert data.fit_size(640, 640, 512) == (512, 512) and data.fit_size(500, 501, 1024) == (1024, 1024)
+    assert data.fit_size(123, 457, None) == (123, 457)
+
+
+def test_a_picture_is_read_when_it_is_used_and_not_kept(tmp_path, monkeypatch):
+    """Every picture decoded at the start in every process, one broken file that stops all others, handles left open."""
+    Image.effect_noise((48, 32), 50).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
+    path = write(tmp_path, [row(), row(), row(), row(), row(image="half.png"), row()])
+    loaded, real_load = [], ImageFile.ImageFile.load
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: loaded.append(self.filename) or real_load(self))
+    before = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+    tasks = data.load(path, "all", 3, RESOLUTION)
+    assert not loaded and [task.size for task in tasks] == [(32, 48)] * 6
+    assert sides(tasks[5].picture()) == ((255, 0, 0), (0, 0, 255)) and loaded
+    halves((48, 32), "green", "blue").save(tmp_path / "pictures" / "a.png")
+    assert sides(tasks[5].picture())[0] == (0, 128, 0)                    # read again: nothing is kept
+    with pytest.raises(ValueError, match="line 5: picture .*half.png cannot be read") as error:
+        tasks[4].picture()
+    assert "\n" not in str(error.value)
+    if sys.platform == "linux":
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_nothing_of_a_file_is_cut(tmp_path):
+    """The first 4,096 dialogues of a larger file taken for all of it, without a word."""
+    path = write(tmp_path, [row(instructions=[str(i), "b", "c"]) for i in range(4200)])
+    assert len(data.load(path, "train")) == 4184 and len(data.load(path, "all")) == 4200
+    assert len(data.load(path, "train", limit=5)) == 5
 
 
 def test_photographs_stand_upright(tmp_path):
-    """A telephone's photo lies on its side: its rotation is in the EXIF data only."""
+    """A telephone's photo lies on its side: its rotation is in the EXIF data only, and its size in the header is not."""
     exif = Image.Exif()
     exif[0x0112] = 6                                             # shown after turning 90 degrees clockwise
-    halves((48, 32), "red", "blue").rotate(90, expand=True).save(tmp_path / "p.jpg", exif=exif, quality=95)
-    left, right = sides(data.load_picture(tmp_path / "p.jpg", RESOLUTION, "here"))
-    assert left[0] > 200 > 60 > left[2] and right[2] > 200 > 60 > right[0]
+    lying = halves((48, 32), "red", "blue").rotate(90, expand=True)
+    for name in ("p.jpg", "p.png", "p.tiff", "p.webp"):
+        lying.save(tmp_path / name, exif=exif, quality=95)
+        task = data.load(write(tmp_path, [row(image=name)]), "all", 3, RESOLUTION)[0]
+        left, right = sides(task.picture())
+        assert task.size == (32, 48) and task.picture().size == (48, 32), name
+        assert left[0] > 200 > 60 > left[2] and right[2] > 200 > 60 > right[0], name
 
 
 @pytest.mark.parametrize("mode, left, right, expected", [
@@ -105,9 +158,14 @@ BAD = {
     "not an object": (["pictures/a.png"], 'lacks "image"'),
     "no image": (row(image=None), 'lacks "image"'),
     "image no path": (row(image=3), 'lacks "image"'),
-    "missing picture": (row(image="pictures/b.png"), "b.png does not exist"),
+    "nested too deeply": (b'{"image": ' + b"[" * 100_000, "is not JSON"),
+    "half a surrogate pair": (b'{"image": "pictures/a.png", "instructions": ["a \\ud83d", "b", "c"]}', "is not JSON"),
+    "missing picture": (row(image="pictures/b.png"), "b.png cannot be read ([Errno 2] No such file"),
+    "a path that no file can have": (row(image="a\0b.png"), "cannot be read"),
+    "a decompression bomb": (row(image="bomb.png"), "bomb.png cannot be read (Image size (400000000 pixels)"),
+    "nearly one": (row(image="large.png"), "large.png cannot be read (Image size (100000000 pixels)"),
     "broken picture": (row(image="broken.png"), "broken.png cannot be read"),
-    "half a picture": (row(image="half.png"), "half.png cannot be read"),
+    "half a picture": (row(image="half.png"), "half.png cannot be read"),          # when it is used
     "picture is a folder": (row(image="pictures"), "pictures cannot be read"),
     "no instructions": (row(instructions=None), 'lacks "instructions"'),
     "instructions a string": (row(instructions="Add a hat"), 'lacks "instructions"'),
@@ -121,6 +179,11 @@ BAD = {
 }
 
 
+def chunk(name, content):
+    """A chunk of a PNG file."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_a_bad_line_is_named(tmp_path, bad):
     """A traceback from deep inside PIL or json, or a line number that is off by one or does not count blank lines."""
@@ -128,8 +191,12 @@ def test_a_bad_line_is_named(tmp_path, bad):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     Image.effect_noise((48, 32), 50).save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
+    for name, side in (("bomb", 20_000), ("large", 10_000)):                       # their header is enough
+        header = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+        (tmp_path / f"{name}.png").write_bytes(header + chunk(b"IDAT", b""))
     with pytest.raises(ValueError) as error:
-        data.load(write(tmp_path, [row(), b"", line, row()]), "train", 3, RESOLUTION)
+        for task in data.load(write(tmp_path, [row(), b"", line, row()]), "train", 3, RESOLUTION):
+            task.picture()
     assert "tasks.jsonl line 3" in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -145,85 +212,9 @@ def test_a_file_without_tasks_is_refused(tmp_path):
 def test_validation_tasks_are_the_last_ones_and_none_of_them_is_trained_on(tmp_path, n, n_val):
     """A table before/after on tasks that the run has seen, of small files above all; a limit that takes the first."""
     path = write(tmp_path, [row(instructions=[f"{i}", "b", "c"]) for i in range(n)])
-    read = lambda split, limit=4096: [int(t.instructions[0]) for t in data.load(path, split, 3, RESOLUTION, limit)]
+    read = lambda split, limit=None: [int(t.instructions[0]) for t in data.load(path, split, 3, RESOLUTION, limit)]
     assert read("train") == list(range(n - n_val)) and read("val") == list(range(n - n_val, n))
     assert read("val", 1) == read("val")[:1] and read("test") == read("all") == list(range(n))
-
-
-# -------------------------------------------------------------------------------------------------------- EdiVal's form
-
-EDIVAL = ROOT.parent / "shared" / "data" / "edival" / "oai_instruction_generation_output.csv"
-
-
-def edival(folder, rows):
-    """A CSV of EdiVal's form with pictures 3 and 7; rows (image_index, turns, task_type, instructions)."""
-    (folder / "pictures").mkdir(exist_ok=True)
-    for name, colour in (("3_input_raw.png", "red"), ("7.jpg", "blue"), ("7_input_raw_turn_1.png", "white")):
-        Image.new("RGB", (48, 32), colour).save(folder / "pictures" / name)
-    with open(folder / "tasks.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([("image_index", "turns", "task_type", "instructions", "bg_consistency", "unchanged_objects"),
-                          *((*r, "False", "['a', 'b']") for r in rows)])
-    return folder / "tasks.csv"
-
-
-def prefixes(index, instructions):
-    return [(index, k, str(["color_alter"] * k), str(instructions[:k])) for k in range(1, len(instructions) + 1)]
-
-
-def test_a_csv_of_edivals_form_gives_a_task_for_each_picture(tmp_path):
-    """A task for each of the cumulative rows, literals left as text, the wrong picture, order of rows relied upon,
-    a row that was written again later."""
-    texts = ['"Change the count of cat to 4"', "Add a dog, don't remove the cat", "Make it blue"]
-    rows = prefixes(3, ["Corrected", "further", "down"]) + prefixes(3, texts)[::-1] + prefixes(7, ["One", "Two", "Three"])
-    tasks = data.load(edival(tmp_path, rows), "all", 3, RESOLUTION, images=str(tmp_path / "pictures"))
-    assert [task.instructions for task in tasks] == [texts, ["One", "Two", "Three"]]
-    assert tasks[0].kinds == ["color_alter"] * 3 and tasks[0].meta["unchanged_objects"] == ["a", "b"]
-    assert tasks[0].meta["bg_consistency"] is False
-    assert np.asarray(tasks[0].image)[9, 9].tolist() == [255, 0, 0] and np.asarray(tasks[1].image)[9, 9, 2] > 250
-
-
-BAD_ROWS = {
-    "code in a list": ((3, 1, "['x']", "[__import__('os').getcwd()]"), "line 2 cannot be read"),
-    "a cut list": ((3, 1, "['x']", "['a', 'b"), "line 2 cannot be read"),
-    "turns not a number": ((3, "one", "['x']", "['a']"), "line 2 cannot be read"),
-    "text": ((3, 1, "['x']", "Make it blue"), 'line 2 lacks "instructions"'),
-    "too few": ((3, 1, "['x']", "['a']"), "line 2 has 1 instructions, fewer than the 2 turns"),
-    "types too few": ((3, 2, "['x']", "['a', 'b']"), 'line 2: "task_type" must be a list of 2'),
-    "no picture": ((4, 2, "['x', 'y']", "['a', 'b']"), "line 2: .*no 4_input_raw"),
-}
-
-
-@pytest.mark.parametrize("bad", BAD_ROWS)
-def test_a_bad_row_is_named(tmp_path, bad):
-    """A cell that is run as code, a traceback of ast, a row that is left out in silence."""
-    line, message = BAD_ROWS[bad]
-    with pytest.raises(ValueError, match=message) as error:
-        data.load(edival(tmp_path, [line]), "all", 2, RESOLUTION, images=str(tmp_path / "pictures"))
-    assert "\n" not in str(error.value)
-
-
-def test_a_csv_without_its_pictures_or_of_another_form_is_refused(tmp_path):
-    """An empty path that means the working directory; a CSV of something else read as no tasks."""
-    path = edival(tmp_path, prefixes(3, ["a"]))
-    for images in ("", str(tmp_path / "nowhere")):
-        with pytest.raises(ValueError, match="needs --images"):
-            data.load(path, "all", 1, RESOLUTION, images=images)
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="no column image_index, instructions, task_type, turns"):
-        data.load(path, "all", 1, RESOLUTION, images=str(tmp_path))
-
-
-@pytest.mark.skipif(not EDIVAL.exists(), reason="EdiVal's CSV is not here")
-def test_edivals_own_csv_is_read_whole_and_known_again(tmp_path):
-    """Sessions lost to commas, quotes or line ends in instructions; training on the benchmark without a warning."""
-    for index in range(606):
-        (tmp_path / f"{index}_input_raw.jpg").touch()                 # never opened: the paths are enough
-    tasks = data.read_edival(EDIVAL, 3, str(tmp_path))
-    assert len(tasks) == 572 and all(len(task.instructions) == len(task.kinds) == 3 for task in tasks)
-    assert sum(text.startswith('"') for task in tasks for text in task.instructions) > 100
-    assert sum(kind == "subject_add" for task in tasks for kind in task.kinds) == 237
-    assert data.is_benchmark(str(EDIVAL)) and not data.is_benchmark(str(edival(tmp_path, [])))
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -262,10 +253,10 @@ def test_photographs(tmp_path):
     for task, file in zip(tasks, files, strict=True):
         with Image.open(file) as original:
             w, h = original.size
-        (W, H), pixels = task.image.size, np.asarray(task.image)
-        assert task.image.mode == "RGB" and W % 16 == H % 16 == 0 and pixels.std() > 1, file
+        (H, W), pixels = task.size, np.asarray(task.picture())
+        assert pixels.shape == (H, W, 3) and W % 16 == H % 16 == 0 and pixels.std() > 1, file
         assert abs(W * H / 128 ** 2 - 1) < .2, file
-        assert abs(W / H / (w / h) - 1) < .2 or max(w / h, h / w) > 4, file
+        assert abs(W / H / (w / h) - 1) < .2 or max(w / h, h / w) > 2, file
 
 
 def test_the_embedded_world_comes_as_tasks_with_scenes():
@@ -277,3 +268,74 @@ def test_the_embedded_world_comes_as_tasks_with_scenes():
         assert (task.instructions, task.kinds, task.meta["scenes"]) == (instructions, kinds, scenes)
         assert np.array_equal(np.asarray(task.image), world.render(scenes[:1])[0])
     assert data.load_shapes("test", 3, 2, start=3)[0].instructions == tasks[3].instructions
+    assert len(data.load("shapes", "train", 1)) == 4096
+
+
+# ------------------------------------------------------------------------------------------------------ fingerprints
+
+def test_a_fingerprint_is_of_contents_and_not_of_paths(tmp_path):
+    """Old pictures and scores kept after the instructions or a picture of a task file have changed; the same files
+    elsewhere taken for others."""
+    def read(folder, **changes):
+        folder.mkdir(exist_ok=True)
+        return data.load(write(folder, [row(**changes)]), "all", 3, RESOLUTION)[0]
+
+    task = read(tmp_path / "a")
+    prints = {data.fingerprint(task)}
+    assert data.fingerprint(read(tmp_path / "b")) in prints
+    for changes in ({"instructions": ["Add a hat", "Remove the dog", "Make it red"]}, {"kinds": ["", "", "color_alter"]}):
+        prints.add(data.fingerprint(read(tmp_path / "b", **changes)))
+    halves((48, 32), "red", "green").save(tmp_path / "a" / "pictures" / "a.png")
+    prints.add(data.fingerprint(task))
+    assert len(prints) == 4
+    in_memory = [Task(Image.new("RGB", size, colour), ["Add a hat"], [""])
+                 for size, colour in (((48, 32), "red"), ((48, 32), "blue"), ((32, 48), "red"))]
+    assert len({data.fingerprint(task) for task in in_memory}) == 3
+    assert all(len(digest) == 16 for digest in prints)
+
+
+def test_a_task_file_is_known_by_its_bytes_and_its_pictures_sizes(tmp_path, monkeypatch):
+    """A resumed run that goes on with other tasks; a moved folder taken for other tasks."""
+    found = []
+    for folder, colour in (("a", "red"), ("b", "red")):
+        (tmp_path / folder).mkdir()
+        path = write(tmp_path / folder, [row()])
+        found.append(data.file_fingerprint(str(path)))
+    assert found[0] == found[1]
+    Image.effect_noise((48, 32), 50).save(path.parent / "pictures" / "a.png")
+    found.append(data.file_fingerprint(str(path)))
+    path.write_bytes(path.read_bytes() + b"\n" + encode(row()))
+    found.append(data.file_fingerprint(str(path)))
+    found.append(data.file_fingerprint("shapes"))
+    assert len(set(found)) == 4
+
+
+# ----------------------------------------------------------------------------------------------------------- scripts
+
+@pytest.mark.parametrize("raised, code, line", [
+    (ValueError("two\nlines"), 2, "a.py: two lines"), (OSError(28, "No space left"), 2, "a.py: [Errno 28] No space left"),
+    (ValueError(), 2, "a.py: ValueError"), (KeyboardInterrupt(), 130, "a.py: interrupted")])
+def test_a_script_ends_in_one_line(monkeypatch, capsys, raised, code, line):
+    """A traceback where a user's mistake, a full disk or Ctrl-C ends a script; exit code 0 or 1 for it."""
+    def main():
+        raise raised
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/a.py"])
+    with pytest.raises(SystemExit) as stop:
+        data.run_main(main)
+    assert (stop.value.code, *capsys.readouterr()) == (code, "", line + "\n")
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    """Every exception taken for a mistake of the user: nobody could find the fault."""
+    with pytest.raises(ZeroDivisionError):
+        data.run_main(lambda: 1 / 0)
+
+
+def test_a_wrong_flag_is_one_line(capsys):
+    """A page of usage before the one line that matters."""
+    parser = data.Parser()
+    parser.add_argument("--turns", type=int)
+    with pytest.raises(ValueError, match="argument --turns: invalid int value: 'three'"):
+        parser.parse_args(["--turns", "three"])
+    assert capsys.readouterr() == ("", "")
