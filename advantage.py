@@ -1,72 +1,98 @@
 """Rewards of multi-turn trajectories -> advantages. Needs only torch; copy freely.
 
-B tasks, G samples per task (the group), K turns, M rewards. Rewards r (B, G, K, M) lie in [0, 1]; NaN = the judge failed.
+B tasks, G samples per task (the group), K turns, R rewards. Rewards r (B, G, K, R) lie in [0, 1]; NaN = the judge failed.
 
-    turns:   S_m = aggregate_k r_m                              mean | min | product | last
-    group:   A_m = (S_m - mean_g S_m) / (std_g S_m + 1e-4)      over the G samples of one task, never over turns
-    fuse:    A   = sum_m w_m A_m                                advantage level: every reward counts by its own scale
-             A   = group(sum_m w_m S_m)                         reward level: a reward of wide range drowns the others
-    spread:  trajectory   every turn of a trajectory gets the same A (MT-EditFlow: broadcast)
-             turn         each turn is compared with the same turn of the other samples, by its own reward alone
-             togo         likewise, by the mean reward from that turn on
+    turns:   spread=trajectory   S_r  = aggregate_k r_rk          mean | min | product | last; every turn gets this one
+                                                                  (the broadcast of MT-EditFlow)
+             spread=turn         S_rk = r_rk                      a turn is compared by its own reward alone
+             spread=togo         S_rk = mean_{j >= k} r_rj        by what it led to
+    group:   A_r = (S_r - mean_g S_r) / (std_g S_r + 1e-4)        over the G samples of one task, each turn by itself
+    fuse:    advantage           A = sum_r w_r A_r / max(batch std, .1)      every reward counts by its own scale
+             reward              A = group(sum_r w_r S_r)                    a reward of wide range drowns the others
+    clip:    A in [-5, 5]
+
+NaN is left out of mean and std, and such a sample's A_r is 0. A group whose std in a reward is under min_std gives 0 for
+that reward: set min_std far below the usual spread of every reward, or the reward is switched off.
+
+What differs from the published code, and why
+* Flow-GRPO and DiffusionNFT see one picture a sample; turns, their aggregation and their spread are MT-EditFlow's idea.
+  Turns are never pooled in one baseline: later turns succeed less often, and would be punished for being late.
+* Groups without spread are left out, not counted as zeros, so that a step's size does not depend on how many there are.
+* The division by the batch's std at advantage level: following and consistency often pull against each other, then the
+  sum of their unit-variance terms is small; it gives both fusion levels steps of one size (GDPO, arXiv 2601.05242).
+* A_max of NFT and the clip here are one number, 5, as in DiffusionNFT's code.
 """
 import torch
 
-AGGREGATE = {
-    "mean": lambda r: r.mean(2),
-    "min": lambda r: r.amin(2),      # NaN wins in all four: a trajectory with an unjudged turn has no score
-    "product": lambda r: r.prod(2),
-    "last": lambda r: r[:, :, -1],
+AGGREGATE = {                             # (B, G, K, R) -> (B, G, R)
+    "mean": lambda r: r.mean(2),          # with an unjudged turn a trajectory has no score: NaN
+    "min": lambda r: r.amin(2),           # likewise
+    "product": lambda r: r.prod(2),       # likewise
+    "last": lambda r: r[:, :, -1],        # the others do not count, judged or not
+    "whole": lambda r: r[:, :, -1],       # the judge was asked once, at the end, about the whole trajectory
 }
+SPREAD = ("trajectory", "turn", "togo")
+FUSE = ("advantage", "reward")
+
+
+def turn_scores(r, aggregate="mean", spread="trajectory"):
+    """What the samples of a group are compared by: rewards r (B, G, K, R) -> S (B, G, 1, R), or (B, G, K, R) by turn."""
+    if spread == "trajectory":
+        return AGGREGATE[aggregate](r)[:, :, None]
+    if spread == "turn":
+        return r
+    K = r.shape[2]
+    return torch.stack([r[:, :, k:].mean(2) for k in range(K)], 2)
+
+
+def group_std(S):
+    """Mean and standard deviation over dim 1, the group, NaN left out: S (B, G, ...) -> two of (B, 1, ...)."""
+    judged = ~S.isnan()
+    n = judged.sum(1, keepdim=True).clamp(min=1)
+    mean = S.nan_to_num().sum(1, keepdim=True) / n
+    centred = torch.where(judged, S - mean, 0.)
+    return mean, (centred.square().sum(1, keepdim=True) / n).sqrt()
 
 
 def group_normalize(S, min_std=.02):
     """(S - mean) / (std + 1e-4) over dim 1, the group: S (B, G, ...) -> A (B, G, ...), valid (B, G, ...) bool.
 
-    NaN is left out of mean and std and gets A = 0. A group gives 0 throughout, and is not valid, where its std is under
-    `min_std` (nothing to learn but noise) or more than half of it is NaN.
+    NaN gets A = 0. A group gives 0 throughout, and is not valid, where its std is under `min_std` (nothing to learn but
+    noise) or more than half of it is NaN.
     """
-    ok = ~S.isnan()
-    n = ok.sum(1, keepdim=True).clamp(min=1)
-    mean = S.nan_to_num().sum(1, keepdim=True) / n
-    centred = torch.where(ok, S - mean, 0.)
-    std = (centred.square().sum(1, keepdim=True) / n).sqrt()
-    valid = ok & (std >= min_std) & (2 * ok.sum(1, keepdim=True) >= S.shape[1])
-    return torch.where(valid, centred / (std + 1e-4), 0.), valid
+    judged = ~S.isnan()
+    mean, std = group_std(S)
+    enough = 2 * judged.sum(1, keepdim=True) >= S.shape[1]
+    spread_out = std >= max(min_std, 1e-8)                                        # 1e-8: equal scores, but for rounding
+    valid = judged & enough & spread_out
+    return torch.where(valid, (S - mean) / (std + 1e-4), 0.), valid
 
 
 def advantages(r, weights, aggregate="mean", fuse="advantage", spread="trajectory", min_std=.02, clip=5.):
-    """Rewards r (B, G, K, M) and weights (M,) -> A (B, G, K) in [-clip, clip] and weight (B, G, K) in {0, 1}.
+    """Rewards r (B, G, K, R) and their weights (R,) -> A (B, G, K) in [-clip, clip], used (B, G, K) bool.
 
     Give the whole step's rewards, of all processes: fuse="advantage" divides by a standard deviation over the batch.
-    Weight 0 marks samples that carry no information (no valid reward): leave them out, and divide by the sum of the weights
-    over all processes, or a process with few samples would count as much as one with many. A reward of weight 0 is not
-    looked at. ValueError if a choice is unknown.
+    Samples that are not `used` carry no information (no valid reward): leave them out, and divide by the number of used
+    ones over all processes, or a process with few of them would count as much as one with many. A reward of weight 0
+    is not looked at. ValueError if a choice is unknown or the weights do not fit.
     """
-    if aggregate not in AGGREGATE or fuse not in ("advantage", "reward") or spread not in ("trajectory", "turn", "togo"):
+    if aggregate not in AGGREGATE or fuse not in FUSE or spread not in SPREAD:
         raise ValueError(f"unknown choice among aggregate={aggregate!r}, fuse={fuse!r}, spread={spread!r}")
     weights = torch.as_tensor(weights, dtype=torch.float64, device=r.device)
     if weights.shape != r.shape[3:]:
         raise ValueError(f"{weights.numel()} weights for {r.shape[3]} rewards")
-    K, used = r.shape[2], weights != 0
-    r, weights = r.double()[..., used], weights[used] / weights.abs().sum()           # only their proportions matter
-
-    if spread == "trajectory":
-        S = AGGREGATE[aggregate](r)[:, :, None]                                       # (B, G, 1, M)
-    elif spread == "turn":
-        S = r                                                                         # (B, G, K, M)
-    else:
-        S = torch.stack([r[:, :, k:].mean(2) for k in range(K)], 2)                   # mean_{j >= k} r_j
+    counts = weights != 0
+    weights = weights[counts] / weights.abs().sum()                               # only their proportions matter
+    S = turn_scores(r.double()[..., counts], aggregate, spread)
 
     if fuse == "advantage":
-        A_m, valid = group_normalize(S, min_std)
-        A, valid = (A_m * weights).sum(-1), valid.any(-1)
-        # differs from a plain weighted sum: IF and CC are often anti-correlated, then the sum of unit-variance terms is
-        # small; dividing by the batch's own std gives both fusion levels steps of one size (GDPO, arXiv 2601.05242)
-        if valid.any():
-            A = A / A[valid].square().mean().sqrt().clamp(min=.1)
+        A_r, valid_r = group_normalize(S, min_std)
+        A, used = (A_r * weights).sum(-1), valid_r.any(-1)
+        if used.any():
+            batch_std = A[used].square().mean().sqrt()
+            A = A / batch_std.clamp(min=.1)
     else:
-        A, valid = group_normalize((S * weights).sum(-1), min_std)
+        A, used = group_normalize((S * weights).sum(-1), min_std)
 
-    A = A.clamp(-clip, clip).expand(-1, -1, K)
-    return A.float(), valid.expand(-1, -1, K).float()
+    K = r.shape[2]
+    return A.clamp(-clip, clip).float().expand(-1, -1, K), used.expand(-1, -1, K)

@@ -5,6 +5,7 @@ import io
 import runpy
 import sys
 import tempfile
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -25,11 +26,11 @@ def editor_folder():
     if (ROOT / "shapes" / "editor" / "model_index.json").is_file():
         return str(ROOT / "shapes" / "editor")
     from diffusers import AutoencoderKL
-    from shapes import pretrain
+    from shapes import make_editor
     torch.manual_seed(0)
-    vae = AutoencoderKL(**pretrain.VAE, scaling_factor=1., shift_factor=0.)
+    vae = AutoencoderKL(**make_editor.VAE, scaling_factor=1., shift_factor=0.)
     _folders.append(tempfile.TemporaryDirectory())
-    pretrain.build_pipeline(vae).save_pretrained(_folders[-1].name)
+    make_editor.build_pipeline(vae).save_pretrained(_folders[-1].name)
     return _folders[-1].name
 
 
@@ -189,7 +190,7 @@ def make_tasks(n, K=2, start=0):
 def resized(tasks, size):
     """The same tasks with pictures of another size (H, W)."""
     for task in tasks:
-        task.image = task.image.resize(size[::-1])
+        task.image, task.size = task.image.resize(size[::-1]), size
     return tasks
 
 
@@ -198,7 +199,7 @@ class Judge:
 
     `edit(r, tasks, k)` may spoil them. Refuses tasks that do not belong to the pictures they come with.
     """
-    names, weights, words = ["following", "consistency"], [.5, .5], ""
+    names, weights, last_failure, fingerprint = ["following", "consistency"], [.5, .5], "", "colours"
 
     def __init__(self, edit=None):
         self.edit, self.calls = edit, []
@@ -214,6 +215,11 @@ class Judge:
         drift = (x[:, k + 1] - x[:, 0]).abs().mean((1, 2, 3))
         r = torch.stack([x[:, k + 1, 0].mean((1, 2)), 1 - drift], 1)
         return self.edit(r, tasks, k) if self.edit else r
+
+    def start(self, tasks, images, k):
+        future = Future()
+        future.set_result(self(tasks, images, k))
+        return future
 
 
 def run_script(name, *argv):

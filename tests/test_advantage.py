@@ -4,7 +4,7 @@ from statistics import fmean, pstdev
 import pytest
 import torch
 
-from advantage import advantages, group_normalize
+from advantage import AGGREGATE, advantages, group_normalize, group_std, turn_scores
 
 NAN, W, FUSES, SPREADS = float("nan"), [.6, .4], ["advantage", "reward"], ["trajectory", "turn", "togo"]
 EVERY = pytest.mark.parametrize("choice", [dict(fuse=f, spread=s) for f in FUSES for s in SPREADS], ids=str)
@@ -40,9 +40,9 @@ def close(A, expected, tolerance=1e-4):
 def test_aggregates_and_spreads_by_longhand(aggregate, spread, first, second, fuse):
     """Another operator, another axis, turns in the wrong order, sample std in place of population std."""
     r = torch.tensor([[.8, .2], [.5, .6], [.4, .9]])[None, ..., None]        # three samples of two turns
-    A, weight = advantages(r, [1.], aggregate, fuse, spread)
+    A, used = advantages(r, [1.], aggregate, fuse, spread)
     close(A[0], torch.tensor([z(first), z(second)]).T, 4e-3)                 # z but for the 1e-4 added to the std
-    assert weight.eq(1).all()
+    assert used.all()
 
 
 def test_group_normalize_by_longhand():
@@ -66,9 +66,9 @@ def test_batch_rescale_spans_all_groups_but_void_ones_and_has_a_floor():
     """The rescale per group, over void groups too, or without a floor: noise blown up where two rewards cancel."""
     up, down, flat = [1., 0.], [0., 1.], [.5, .5]
     agree, cancel, void = one_group(up, up), one_group(up, down), one_group(flat, flat)
-    A, weight = advantages(torch.cat([agree, cancel, void]), [.5, .5])
+    A, used = advantages(torch.cat([agree, cancel, void]), [.5, .5])
     close(A[..., 0], [[2 ** .5, -2 ** .5], [0, 0], [0, 0]], 1e-3)            # [1, -1] and [0, 0] over sqrt(1/2)
-    assert weight[..., 0].tolist() == [[1, 1], [1, 1], [0, 0]]
+    assert used[..., 0].tolist() == [[1, 1], [1, 1], [0, 0]]
     close(advantages(cancel, [.52, .48])[0].flatten(), [.4, -.4], 1e-3)      # std .04 < .1: [.04, -.04] / .1
     close(advantages(cancel, [.6, .4])[0].flatten(), [1, -1], 1e-3)          # std .2 > .1
 
@@ -103,15 +103,15 @@ def test_constant_added_to_one_task_turn_and_reward_changes_nothing(choice):
 @EVERY
 def test_rewards_that_depend_only_on_the_turn_teach_nothing(choice):
     """Turns pooled in one baseline: later, harder turns would look bad by their number alone. And 0 / 0."""
-    A, weight = advantages(torch.tensor([[.9, .8], [.5, .4], [.1, .3]]).expand(2, 5, 3, 2), W, **choice)
-    assert not A.any() and not weight.any()
+    A, used = advantages(torch.tensor([[.9, .8], [.5, .4], [.1, .3]]).expand(2, 5, 3, 2), W, **choice)
+    assert not A.any() and not used.any()
 
 
 def test_constant_group_gives_zeros_and_weight_0_beside_a_useful_one():
     """Rounding noise over 1e-4 (.7 is no binary fraction); a group without information that counts."""
     for fuse in FUSES:
-        A, weight = advantages(torch.cat([torch.full((1, 6, 3, 2), .7), rewards(1)]), W, fuse=fuse)
-        assert not A[0].any() and not weight[0].any() and weight[1].eq(1).all()
+        A, used = advantages(torch.cat([torch.full((1, 6, 3, 2), .7), rewards(1)]), W, fuse=fuse)
+        assert not A[0].any() and not used[0].any() and used[1].all()
         close(A[1:], advantages(rewards(1), W, fuse=fuse)[0])
 
 
@@ -147,9 +147,9 @@ def test_group_under_min_std_gives_0_for_that_reward_alone():
     """Judge noise on a settled reward blown up to unit variance."""
     r = rewards()
     r[..., 1] = .5 + .01 * r[..., 1]
-    A, weight = advantages(r, W)
+    A, used = advantages(r, W)
     close(A, advantages(r[..., :1], [1.])[0])
-    assert weight.eq(1).all() and not advantages(r[..., 1:], [1.])[1].any()
+    assert used.all() and not advantages(r[..., 1:], [1.])[1].any()
     assert advantages(r[..., 1:], [1.], min_std=1e-4)[1].all()
 
 
@@ -169,30 +169,30 @@ def test_nan_sample_gets_0_and_does_not_move_the_others(choice):
     """A judge failure read as a score of 0, or a NaN spreading through mean, std or the rescale."""
     r, others = rewards(), [0, 1, 2, 4, 5]
     r[:, 3] = NAN
-    A, weight = advantages(r, W, **choice)
-    assert not A[:, 3].any() and not weight[:, 3].any() and weight[:, others].eq(1).all()
+    A, used = advantages(r, W, **choice)
+    assert not A[:, 3].any() and not used[:, 3].any() and used[:, others].all()
     close(A[:, others], advantages(r[:, others], W, **choice)[0], 1e-6)
 
 
 @pytest.mark.parametrize("fuse", FUSES)
-@pytest.mark.parametrize("aggregate, spread, used", [
+@pytest.mark.parametrize("aggregate, spread, expected", [
     ("mean", "trajectory", [0, 0, 0]), ("min", "trajectory", [0, 0, 0]), ("product", "trajectory", [0, 0, 0]),
-    ("last", "trajectory", [1, 1, 1]), ("mean", "turn", [1, 0, 1]), ("mean", "togo", [0, 0, 1])])
-def test_unjudged_turn_voids_exactly_the_turns_whose_score_needs_it(aggregate, spread, used, fuse):
+    ("last", "trajectory", [1, 1, 1]), ("whole", "trajectory", [1, 1, 1]), ("mean", "turn", [1, 0, 1]), ("mean", "togo", [0, 0, 1])])
+def test_unjudged_turn_voids_exactly_the_turns_whose_score_needs_it(aggregate, spread, expected, fuse):
     """An aggregate that skips NaN: a trajectory judged by its easy turns alone."""
     r = rewards()
     r[0, 2, 1] = NAN
-    A, weight = advantages(r, W, aggregate, fuse, spread)
-    assert weight[0, 2].tolist() == A[0, 2].ne(0).tolist() == used and not A.isnan().any()
+    A, used = advantages(r, W, aggregate, fuse, spread)
+    assert used[0, 2].tolist() == A[0, 2].ne(0).tolist() == expected and not A.isnan().any()
 
 
 def test_sample_with_one_failed_judge_keeps_the_other_reward_at_advantage_level():
     """The sample dropped, or its failed reward counted as 0. At reward level it has no score."""
     r = one_group([1., 1., NAN, 0., 0.], [1., 1., 1., 0., 0.])
-    A, weight = advantages(r, [.5, .5])
+    A, used = advantages(r, [.5, .5])
     a = torch.tensor([1., 1., 0., -1., -1.]) + torch.tensor(z([1, 1, 1, 0, 0]))
     close(A.flatten(), a / a.square().mean().sqrt(), 1e-3)
-    assert weight.all() and advantages(r, [.5, .5], fuse="reward")[1].flatten().tolist() == [1, 1, 0, 1, 1]
+    assert used.all() and advantages(r, [.5, .5], fuse="reward")[1].flatten().tolist() == [1, 1, 0, 1, 1]
 
 
 def test_group_is_void_when_more_than_half_of_it_is_nan():
@@ -210,3 +210,25 @@ def test_unknown_choices_and_wrong_numbers_of_weights_are_refused(wrong):
     """A typo that falls through to a default; one weight broadcast over all rewards."""
     with pytest.raises(ValueError, match="unknown choice|weights for 2 rewards"):
         advantages(rewards(), **{"weights": W, **wrong})
+
+
+def test_scores_and_their_spread_are_those_that_min_std_looks_at():
+    """A metric of another spread than the one that is filtered: group_std over trajectory means under spread=turn."""
+    r = rewards()
+    r[1, 3] = NAN
+    for aggregate, spread in [*((name, "trajectory") for name in AGGREGATE), ("mean", "turn"), ("mean", "togo")]:
+        S = turn_scores(r, aggregate, spread)
+        mean, std = group_std(S)
+        assert std.shape == (3, 1, 1 if spread == "trajectory" else 3, 2)
+        for b, k, m in [(0, 0, 0), (1, 0, 1), (2, S.shape[2] - 1, 0)]:
+            judged = [value for value in S[b, :, k, m].tolist() if value == value]
+            assert mean[b, 0, k, m].item() == pytest.approx(fmean(judged), abs=1e-6)
+            assert std[b, 0, k, m].item() == pytest.approx(pstdev(judged), abs=1e-6)
+        threshold = std.median().item()
+        assert torch.equal(group_normalize(S, threshold)[1].any(1), (std >= threshold)[:, 0])
+
+
+def test_equal_scores_teach_nothing_even_where_min_std_is_0():
+    """Rounding of .7, which is no binary fraction, taken for a spread: a constant judge that "teaches" every group."""
+    A, used = advantages(torch.full((2, 6, 3, 2), .7), W, min_std=0)
+    assert not used.any() and not A.any()
