@@ -16,12 +16,18 @@ import argparse
 import json
 import math
 import os
+import random
+import signal
 import sys
 import time
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # before torch: threads that wait by spinning starve a busy machine
 
 import torch
 import torch.distributed as dist
@@ -31,144 +37,226 @@ import data
 import eval as evaluation
 import model
 import reward
-from advantage import AGGREGATE, advantages
+from advantage import AGGREGATE, FUSE, SPREAD, advantages, group_normalize, group_std, turn_scores
 from grpo import grpo_loss, sde_step
 from nft import nft_loss, noised, old_decay
-from rollout import by_size, draw_noise, rollout, timed
+from rollout import draw_noise, rollout, select, timed
+
+WARMUP = 5                   # steps over which the learning rate rises: Adam's first steps move every weight by all of it
+WEIGHT_DECAY, GRAD_NORM = 1e-4, 1.                # of AdamW(.9, .999); gradients are clipped to this norm
+MAX_FAILED = .5                                   # share of a step's turns that the judge may fail on
+MAX_SKIPPED, MAX_UNINFORMED = 10, 20              # updates with a gradient that is not finite, steps without information, in a row
+RATIO_STOP, RATIO_WARN = .5, .02                  # how far from 1 the first ratio may be, as a share of --clip
 
 
 # ------------------------------------------------------------------------------------------------------------ config
 
-def option(default, help, choices=None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help, choices=None, low=None, above=None, high=None, group=None):
+    """A flag: its default, what it does, what it may be (at least `low`, greater than `above`, at most `high`)."""
+    bounds = dict(low=low, above=above, high=high)
+    return field(default=default, metadata=dict(help=help, choices=choices, bounds=bounds, group=group))
 
 
 @dataclass
 class Config:
-    algo: str = option("grpo", "objective", ["grpo", "nft"])
-    preset: str = option("shapes", "defaults for a kind of editor, on eight GPUs of 80 GB or (-1gpu) one; a flag given by hand wins",
+    algo: str = option("grpo", "objective", ["grpo", "nft"], group="the run")
+    preset: str = option("shapes", "defaults for a kind of editor, on eight GPUs of 80 GB or one; flags win",
                          ["shapes", "kontext", "klein", "qwen", "kontext-1gpu", "klein-1gpu", "qwen-1gpu"])
-    model: str = option("shapes/editor", "editor: a diffusers folder or hub id")
-    lora: str = option("", "LoRA to start from: a file or folder in diffusers' layout; empty = a fresh one")
-    judge: str = option("shapes/judge", "vision-language model: folder, hub id, or http://host:port/v1#model; or 'exact' (embedded world); several by commas")
-    rubric: str = option("", "JSON file of prompts for such a model, in place of reward.py's")
-    scoring: str = option("turn", "each turn scored by itself, or the trajectory as a whole: original, last picture, all instructions",
-                          list(reward.RUBRICS))
-    reasoning: str = option("logits", "expectation over the digits in one forward, a digit generated directly, or thinking first", list(reward.ANSWERS))
-    votes: int = option(1, "answers averaged for a score, drawn at --temperature")
-    temperature: float = option(0., "of the judge's generated answers; 0 = the likeliest")
-    judge_workers: int = option(32, "requests to a server that are under way at a time; rows in one forward of a judge in process")
-    judge_timeout: float = option(120., "seconds after which a server's answer counts as failed")
-    judge_cache: str = option("", "SQLite file of scores, for deterministic ones only; empty = none")
-    data: str = option("shapes", "'shapes' (embedded world), a JSONL file of tasks, or a CSV of EdiVal's form")
-    images: str = option("", "folder of the pictures of such a CSV")
-    resolution: int = option(512, "pictures of a file are scaled to an area of this squared, in pixels; their aspect ratio is kept")
-    steps: int = option(60, "training steps (rollouts)")
-    tasks: int = option(24, "B, tasks in a step, over all processes")
-    group: int = option(8, "G, samples per task, at least 2")
-    turns: int = option(3, "K, edits in a row")
-    denoise: int = option(6, "T, denoising steps per turn in training")
-    eval_denoise: int = option(8, "T in evaluation")
-    offload: bool = option(False, "text encoders are on the GPU only while they work; costs seconds a turn")
-    guidance: float = option(2.5, "in rollout, update and evaluation alike: an input of the transformer where it is distilled "
-                                  "(Kontext), else true CFG, whose second forward 1 saves")
-    aggregate: str = option("mean", "turn scores -> trajectory score", list(AGGREGATE))
-    fuse: str = option("advantage", "where several rewards meet: as advantages or as raw rewards", ["advantage", "reward"])
-    spread: str = option("turn", "which advantage a turn gets: the trajectory's, its own, or that of the turns to go",
-                         ["trajectory", "turn", "togo"])
-    weights: str = option("", "weight of each of the judge's rewards, comma-separated; empty = the judge's own")
-    min_std: float = option(.05, "a group with less spread than this in a reward teaches nothing about it, in [0, 1]")
-    lora_rank: int = option(64, "rank of the LoRA; 0 = train the whole transformer")
-    lora_alpha: int = option(64, "scale of the LoRA, alpha / rank")
-    lora_targets: str = option("every", "which Linears get a LoRA: attention, all (the family's usual list), every (of the transformer), or ends of names, by commas")
-    lr: float = option(4e-4, "learning rate of AdamW(.9, .999)")
-    warmup: int = option(5, "steps over which the learning rate rises to --lr: Adam's first steps move every weight by all of it")
-    weight_decay: float = option(1e-4, "weight decay of AdamW")
-    grad_norm: float = option(1., "gradients are clipped to this norm")
-    ema: float = option(.97, "decay of the averaged weights, per update; evaluation and the saved LoRA use them")
-    updates: int = option(2, "optimizer steps per rollout, each on its own part of the tasks; the first is exactly on-policy")
-    micro: int = option(0, "rows in one forward, in rollout and update alike; 0 = all rows of an update")
-    step_kind: str = option("cps", "stochastic step", ["cps", "sde"])
-    eta: float = option(.8, "GRPO: noise level of the stochastic steps, in (0, 1] for cps")
-    window: int = option(3, "GRPO: consecutive steps that are stochastic and trained, at most T - 1")
-    train_first: int = option(0, "first denoising step that may be trained: GRPO's windows and NFT's times lie in first..last")
-    train_last: int = option(4, "last denoising step that may be trained; for GRPO at most T - 2, the last step is Euler")
-    shared_noise: bool = option(True, "samples of a group start each turn from the same noise")
-    clip: float = option(1e-3, "GRPO: clip range of the ratio (small, since log-probs are means over latents)")
-    beta: float = option(1., "NFT: mixing coefficient of the implicit policies, and nothing else")
-    times: int = option(2, "NFT: times per turn at which the loss is taken, drawn from the rollout's grid")
-    kl: float = option(0., "weight of the KL term mean (v - v_ref)^2, and nothing else")
-    max_failed: float = option(.5, "stop if the judge fails on more than this share of a step, in [0, 1]")
-    val_tasks: int = option(300, "validation tasks of the closing table; 0 = no table")
-    sample_every: int = option(10, "steps between contact sheets")
-    save_every: int = option(10, "steps between checkpoints")
-    seed: int = option(0, "every random number of the run is a function of it")
+    steps: int = option(60, "training steps (rollouts)", low=1)
     out: str = option("", "folder of the run; empty = out/ALGO")
     resume: bool = option(False, "continue the run in --out")
+    save_every: int = option(10, "steps between checkpoints and contact sheets", low=1)
+    val_tasks: int = option(300, "validation tasks of the closing table; 0 = no table", low=0)
+    seed: int = option(0, "every random number of the run is a function of it")
+
+    model: str = option("shapes/editor", "a diffusers folder or hub id", group="the editor")
+    guidance: float = option(2.5, "guidance scale in rollout, update and evaluation alike", low=0)
+    offload: bool = option(False, "text encoders are on the GPU only while they work; costs seconds a turn")
+    lora: str = option("", "LoRA to start from: a file or folder in diffusers' layout; empty = a fresh one")
+    lora_rank: int = option(64, "rank of a fresh LoRA; 0 = train the whole transformer", low=0)
+    lora_alpha: int = option(64, "its scale is alpha / rank", above=0)
+    lora_targets: str = option("every", "which Linears get one: attention, all (the family's list), every, or ends of names")
+
+    data: str = option("shapes", "'shapes' (the embedded world) or a JSONL file of dialogues", group="tasks and rollout")
+    resolution: int = option(512, "pictures are scaled to an area of this squared, in pixels", low=16)
+    tasks: int = option(24, "B, tasks in a step, over all processes", low=1)
+    group: int = option(8, "G, samples per task", low=2)
+    turns: int = option(3, "K, edits in a row", low=1)
+    denoise: int = option(6, "T, denoising steps per turn in training", low=1)
+    eval_denoise: int = option(8, "T in evaluation", low=1)
+    shared_noise: bool = option(True, "samples of a group start each turn from the same noise (GRPO)")
+    micro: int = option(0, "rows in one forward, in rollout and update alike; 0 = all rows of an update", low=0)
+
+    judge: str = option("shapes/judge", "'exact' (embedded world), a vision-language model's folder or hub id, or "
+                                        "http://host:port/v1#model", group="the judge")
+    referee: str = option("", "a judge that looks on and is not trained on; empty = exact where it can, 'none' = none")
+    rubric: str = option("", "JSON file of prompts for the judge, in place of reward.py's")
+    reasoning: str = option("logits", "expectation over the digits, a generated digit, or thinking first",
+                            list(reward.ANSWERS))
+    votes: int = option(1, "answers averaged for a score, if they are generated", low=1)
+    judge_workers: int = option(32, "requests to a server at a time; rows in one forward of a judge in process", low=1)
+
+    aggregate: str = option("mean", "turn scores -> trajectory score; whole = the judge is asked once, about all turns",
+                            list(AGGREGATE), group="advantages")
+    spread: str = option("turn", "which advantage a turn gets: the trajectory's, its own, or that of the turns to go",
+                         list(SPREAD))
+    fuse: str = option("advantage", "where several rewards meet", list(FUSE))
+    reward_weights: str = option("", "one number for each reward, by commas; empty = the judge's own")
+    min_std: float = option(.05, "a group with less spread in a reward teaches nothing about it", low=0, high=1)
+
+    updates: int = option(2, "optimizer steps per rollout, each on its own part of the tasks", low=1, group="the update")
+    lr: float = option(4e-4, "learning rate of AdamW", above=0)
+    ema: float = option(.97, "decay of the averaged weights, which are evaluated and saved", low=0, high=1)
+    kl: float = option(0., "weight of the KL term mean (v - v_ref)^2", low=0)
+    window: int = option(3, "W: GRPO's consecutive stochastic steps of a turn, or the times at which NFT takes its loss", low=1)
+    train_steps: str = option("0-4", "first and last denoising step that may be trained; GRPO's last is T - 2 at most")
+    step_kind: str = option("cps", "GRPO: stochastic step", ["cps", "sde"])
+    eta: float = option(.8, "GRPO: noise level of the stochastic steps, at most 1 for cps", above=0)
+    clip: float = option(1e-3, "GRPO: clip range of the ratio (small, since log-probs are means over latents)", above=0)
+    beta: float = option(1., "NFT: mixing coefficient of the implicit policies", above=0)
 
 
 # flag > preset > default. Sources of the real editors' numbers: the published recipes of Flow-GRPO, DiffusionNFT and
 # Edit-R1, adapted to three turns; they are ours, not MT-EditFlow's, which are not public.
-REAL = dict(data="tasks.jsonl", judge="Qwen/Qwen2.5-VL-7B-Instruct", steps=300, tasks=32, group=12, eval_denoise=28, lora_rank=64,
-            lora_alpha=128, lora_targets="all", spread="trajectory", window=2, lr=1e-4, ema=.9, clip=1e-4, min_std=.02, micro=4,
-            val_tasks=16, save_every=5)
-REAL_NFT = dict(lora_rank=32, lora_alpha=64, updates=1, times=2, train_first=0, shared_noise=False, kl=1e-4)
+REAL = dict(data="tasks.jsonl", judge="Qwen/Qwen2.5-VL-7B-Instruct", steps=300, tasks=32, group=12, eval_denoise=28,
+            lora_rank=64, lora_alpha=128, lora_targets="all", spread="trajectory", window=2, lr=1e-4, ema=.9, clip=1e-4,
+            min_std=.02, micro=4, val_tasks=16, save_every=5)
+REAL_NFT = dict(lora_rank=32, lora_alpha=64, updates=1, shared_noise=False, kl=1e-4)
 KONTEXT = REAL | dict(model="black-forest-labs/FLUX.1-Kontext-dev", denoise=8, guidance=2.5)
 KLEIN = REAL | dict(model="black-forest-labs/FLUX.2-klein-base-9B", denoise=10)
 QWEN = REAL | dict(model="Qwen/Qwen-Image-Edit-2509", denoise=10, lora_targets="attention", tasks=16, micro=2, offload=True,
-                   judge="Qwen/Qwen2.5-VL-3B-Instruct")         # beside 20 B and the visiting text encoder 7 B would not fit
-ONE_GPU = dict(tasks=4, group=8, offload=True)     # the other real presets are for eight: a step of theirs takes one GPU ten times as long
+                   judge="Qwen/Qwen2.5-VL-3B-Instruct")         # 7 B would not fit beside 20 B and the visiting text encoder
+ONE_GPU = dict(tasks=4, group=8, offload=True)     # the others are for eight: a step of theirs takes one GPU ten times as long
 PRESETS = {
     ("shapes", "grpo"): dict(),
-    ("shapes", "nft"): dict(updates=3, beta=.2, train_last=3, shared_noise=False),
-    ("kontext", "grpo"): KONTEXT | dict(eta=.8, train_first=0, train_last=3),
-    ("kontext", "nft"): KONTEXT | REAL_NFT | dict(lora_targets="attention", train_last=7),
-    ("klein", "grpo"): KLEIN | dict(guidance=4., eta=.7, train_first=4, train_last=8, kl=1e-3),   # its shift leaves early steps no signal
-    ("klein", "nft"): KLEIN | REAL_NFT | dict(guidance=1., train_last=9),
-    ("qwen", "grpo"): QWEN | dict(guidance=4., eta=.8, train_first=0, train_last=4),
-    ("qwen", "nft"): QWEN | REAL_NFT | dict(guidance=1., train_last=9),
+    ("shapes", "nft"): dict(updates=3, beta=.2, window=2, train_steps="0-3", shared_noise=False),
+    ("kontext", "grpo"): KONTEXT | dict(eta=.8, train_steps="0-3"),
+    ("kontext", "nft"): KONTEXT | REAL_NFT | dict(lora_targets="attention", train_steps="0-7"),
+    # klein's time shift leaves early steps no signal; klein-base is reported to collapse at a clip of 1e-4
+    ("klein", "grpo"): KLEIN | dict(guidance=4., eta=.7, train_steps="4-8", kl=1e-3, clip=1e-5),
+    ("klein", "nft"): KLEIN | REAL_NFT | dict(guidance=1., train_steps="0-9"),
+    ("qwen", "grpo"): QWEN | dict(guidance=4., eta=.8, train_steps="0-4"),
+    ("qwen", "nft"): QWEN | REAL_NFT | dict(guidance=1., train_steps="0-9"),
 }
 PRESETS |= {(f"{name}-1gpu", algo): values | ONE_GPU for (name, algo), values in PRESETS.items() if name != "shapes"}
-FREE = {"steps", "resume", "out", "sample_every", "save_every", "judge_workers", "judge_timeout", "judge_cache"}    # may differ on --resume
+FREE = {"steps", "resume", "out", "save_every", "judge_workers"}                 # may differ on --resume
+
+# Where a flag has an effect. Given anywhere else it is refused: whoever typed it expects something of it.
+EFFECT = {
+    "step_kind": ("--algo grpo", lambda cfg: cfg.algo == "grpo"),
+    "eta": ("--algo grpo", lambda cfg: cfg.algo == "grpo"),
+    "clip": ("--algo grpo", lambda cfg: cfg.algo == "grpo"),
+    "beta": ("--algo nft", lambda cfg: cfg.algo == "nft"),
+    "lora_rank": ("a fresh LoRA, without --lora", lambda cfg: not cfg.lora),
+    "lora_alpha": ("a fresh LoRA, without --lora or --lora-rank 0", lambda cfg: not cfg.lora and cfg.lora_rank),
+    "lora_targets": ("a fresh LoRA, without --lora or --lora-rank 0", lambda cfg: not cfg.lora and cfg.lora_rank),
+    "resolution": ("--data FILE", lambda cfg: cfg.data != "shapes"),
+    "rubric": ("a vision-language model as --judge", lambda cfg: cfg.judge != "exact"),
+    "reasoning": ("a vision-language model as --judge", lambda cfg: cfg.judge != "exact"),
+    "votes": ("a vision-language model as --judge", lambda cfg: cfg.judge != "exact"),
+    "judge_workers": ("a vision-language model as --judge or --referee",
+                      lambda cfg: cfg.judge != "exact" or cfg.referee not in ("", "none", "exact")),
+    "offload": ("a GPU", lambda cfg: not cfg.offload or torch.cuda.is_available()),
+    "aggregate": ("--spread trajectory", lambda cfg: cfg.aggregate == "mean" or cfg.spread == "trajectory"),
+    "shared_noise": ("--algo grpo: with NFT all samples of a group would be equal",
+                     lambda cfg: cfg.algo == "grpo" or not cfg.shared_noise),
+}
 
 
 def truth(word):
     """"true" or "false", from the command line."""
     if word.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+        raise ValueError(f"{word!r} is neither true nor false")
     return word.lower() == "true"
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def describe(f):
+    """What --help says of a field: its sentence, default and bounds."""
+    words = {"low": "at least", "above": "greater than", "high": "at most"}
+    bounds = [f"{words[name]} {value:g}" for name, value in f.metadata["bounds"].items() if value is not None]
+    return f"{f.metadata['help']} ({', '.join([f'default: {f.default}', *bounds])})"
+
+
 def parse(argv=None):
-    """Command line -> Config: flag > preset > default."""
-    parser = evaluation.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Command line -> Config: flag > preset > default. ValueError for a flag that has no effect on what was chosen."""
+    parser = data.Parser(usage="train.py [--flag value ...]", description=__doc__,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser
     for f in fields(Config):
-        name, help = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {f.default})"
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
         if f.name == "resume":
-            parser.add_argument(name, action="store_true", default=None, help=f.metadata["help"])
+            group.add_argument(flag(f.name), action="store_true", default=None, help=f.metadata["help"])
         elif f.type is bool:
-            parser.add_argument(name, type=truth, metavar="{true,false}", help=help)
+            group.add_argument(flag(f.name), type=truth, metavar="{true,false}", help=describe(f))
         else:
-            parser.add_argument(name, type=f.type, choices=f.metadata["choices"], help=help)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    algo, preset = (given.get(name, getattr(Config, name)) for name in ("algo", "preset"))
+            choices = f.metadata["choices"]
+            group.add_argument(flag(f.name), type=f.type, choices=choices, help=describe(f), metavar=None if choices else "")
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+
+    algo = given.get("algo", Config.algo)
+    preset = given.get("preset", Config.preset)
     cfg = Config(**{**PRESETS[preset, algo], **given})
-    cfg.out = cfg.out or f"out/{cfg.algo}"
+    cfg.out = cfg.out or f"out/{algo}"
+    for name, (where, has_effect) in EFFECT.items():
+        if name in given and not has_effect(cfg):
+            raise ValueError(f"{flag(name)} {given[name]} has no effect here: it needs {where}")
     return cfg
 
 
-def check(cfg, world):
-    """Refuse impossible or contradictory values, naming both. Returns (tasks per process, rows per update, micro)."""
-    for name, low, high in (("group", 2, None), ("tasks", 1, None), ("turns", 1, None), ("denoise", 1, None), ("steps", 1, None),
-                            ("eval_denoise", 1, None), ("updates", 1, None), ("warmup", 0, None), ("micro", 0, None), ("lora_rank", 0, None),
-                            ("resolution", 16, None), ("val_tasks", 0, None), ("sample_every", 1, None), ("save_every", 1, None), ("min_std", 0, 1),
-                            ("max_failed", 0, 1), ("ema", 0, 1), ("kl", 0, None), ("eta", 0, None)):
-        value = getattr(cfg, name)
-        if value < low or (high is not None and value > high):
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {low}" + (f" and at most {high}" if high is not None else ""))
-    for name in ("lr", "clip", "beta", "grad_norm"):
-        if not getattr(cfg, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be greater than 0")
+def check(cfg):
+    """Refuse impossible or contradictory values, naming both."""
+    for f in fields(Config):
+        value, bounds = getattr(cfg, f.name), f.metadata["bounds"]
+        if f.type is float and not math.isfinite(value):
+            raise ValueError(f"{flag(f.name)} {value} must be a finite number")
+        low, above, high = bounds["low"], bounds["above"], bounds["high"]
+        if low is not None and value < low:
+            raise ValueError(f"{flag(f.name)} {value} must be at least {low:g}")
+        if above is not None and value <= above:
+            raise ValueError(f"{flag(f.name)} {value} must be greater than {above:g}")
+        if high is not None and value > high:
+            raise ValueError(f"{flag(f.name)} {value} must be at most {high:g}")
+
+    steps = trained_steps(cfg)
+    last = cfg.denoise - 2 if cfg.algo == "grpo" else cfg.denoise - 1
+    if not 0 <= steps.start < steps.stop <= last + 1:
+        raise ValueError(f"--train-steps {cfg.train_steps} must lie in order in 0 to {last} for --algo {cfg.algo} with "
+                         f"--denoise {cfg.denoise}")
+    if cfg.window > len(steps):
+        raise ValueError(f"--window {cfg.window} must be at most the {len(steps)} steps of --train-steps {cfg.train_steps}")
+    if cfg.algo == "grpo" and cfg.step_kind == "cps" and cfg.eta > 1:
+        raise ValueError(f"--eta {cfg.eta} must be at most 1 for --step-kind cps")
+    if cfg.aggregate == "whole" and cfg.spread != "trajectory":
+        raise ValueError(f"--aggregate whole gives all turns one score: --spread {cfg.spread} must be trajectory")
+    if cfg.referee and cfg.referee == cfg.judge:
+        raise ValueError(f"--referee {cfg.referee} is the --judge itself, which sees nothing else")
+
+
+def trained_steps(cfg):
+    """--train-steps FIRST-LAST as a range."""
+    first, _, last = cfg.train_steps.partition("-")
+    if not (first.isdecimal() and last.isdecimal()):
+        raise ValueError(f"--train-steps {cfg.train_steps!r} must be FIRST-LAST, such as {Config.train_steps}")
+    return range(int(first), int(last) + 1)
+
+
+class Share(NamedTuple):
+    """What this process does of a step."""
+    rank: int
+    world: int            # processes
+    tasks: list           # rows of its tasks in the step; an update has the same tasks on any number of processes
+    order: list           # rows of all tasks, process by process: the order in which `gather` brings them
+    rows: int             # rows s of an update
+    micro: int            # rows in one forward
+
+
+def divide(cfg, rank, world):
+    """Share the tasks of a step out among the processes. ValueError if they cannot be."""
     if cfg.tasks % world:
         raise ValueError(f"--tasks {cfg.tasks} is not divisible by {world} processes: whole groups live on one process")
     local = cfg.tasks // world
@@ -177,402 +265,635 @@ def check(cfg, world):
     rows = local * cfg.group // cfg.updates
     micro = cfg.micro or rows
     if rows % micro:
-        raise ValueError(f"--micro {cfg.micro} does not divide the {rows} rows of an update ({local} tasks x {cfg.group} samples / {cfg.updates} updates)")
-    last = cfg.denoise - 2 if cfg.algo == "grpo" else cfg.denoise - 1
-    if not 0 <= cfg.train_first <= cfg.train_last <= last:
-        raise ValueError(f"--train-first {cfg.train_first} and --train-last {cfg.train_last} must lie in order in 0 to {last} for "
-                         f"{cfg.algo} with --denoise {cfg.denoise}")
-    name, length = ("window", cfg.window) if cfg.algo == "grpo" else ("times", cfg.times)
-    if not 1 <= length <= cfg.train_last - cfg.train_first + 1:
-        raise ValueError(f"--{name} {length} must be from 1 to the {cfg.train_last - cfg.train_first + 1} steps from --train-first "
-                         f"{cfg.train_first} to --train-last {cfg.train_last}")
-    if cfg.algo == "grpo" and (cfg.eta == 0 or (cfg.step_kind == "cps" and cfg.eta > 1)):
-        raise ValueError(f"--eta {cfg.eta} must be greater than 0" + (" and at most 1 for cps" if cfg.step_kind == "cps" else ""))
-    if cfg.aggregate != "mean" and cfg.spread != "trajectory":
-        raise ValueError(f"--aggregate {cfg.aggregate} does nothing with --spread {cfg.spread}: give --spread trajectory")
-    if cfg.scoring == "trajectory" and (cfg.spread != "trajectory" or cfg.aggregate != "mean"):
-        raise ValueError(f"--scoring trajectory gives all turns one score: --spread {cfg.spread} and --aggregate {cfg.aggregate} must be "
-                         "trajectory and mean")
-    return local, rows, micro
+        raise ValueError(f"--micro {cfg.micro} does not divide the {rows} rows of an update ({local} tasks x {cfg.group} "
+                         f"samples / {cfg.updates} updates)")
+    parts = torch.arange(cfg.tasks).view(cfg.updates, world, -1).transpose(0, 1)     # (processes, updates, tasks of each)
+    return Share(rank, world, parts[rank].flatten().tolist(), parts.flatten().tolist(), rows, micro)
 
 
 def reward_weights(cfg, judge):
-    """--weights as numbers, one for each reward of the judge."""
+    """--reward-weights as numbers, one for each reward of the judge."""
     try:
-        weights = [float(w) for w in cfg.weights.split(",")] if cfg.weights else judge.weights
+        weights = [float(w) for w in cfg.reward_weights.split(",")] if cfg.reward_weights else judge.weights
     except ValueError:
-        raise ValueError(f"--weights {cfg.weights!r} must be numbers separated by commas") from None
+        raise ValueError(f"--reward-weights {cfg.reward_weights!r} must be numbers separated by commas") from None
     if len(weights) != len(judge.names) or not any(weights) or not all(map(math.isfinite, weights)):
-        raise ValueError(f"--weights {cfg.weights!r} must be {len(judge.names)} finite numbers, not all 0: one for each of {', '.join(judge.names)}")
+        raise ValueError(f"--reward-weights {cfg.reward_weights!r} must be {len(judge.names)} finite numbers, not all 0: "
+                         f"one for each of {', '.join(judge.names)}")
     return weights
 
 
 # ---------------------------------------------------------------------------------------------------- one training step
 
-class Stopped(Exception):
+class Stopped(ValueError):
     """A run that cannot go on; its last checkpoint is intact."""
 
 
-def judge_turn(judge, tasks, images, k, wanted=True, exact=None):
-    """One turn's rewards (S, M), and beside them the exact judge's; NaN if they are not `wanted`, or if the judge breaks down.
+def choose(tasks_by_size, B, seed, step):
+    """The B tasks of step 1, 2, ..., all of one picture size, as a pure function of (seed, step): resume needs no replay.
 
-    A judge that refuses its input (ValueError) stops the run.
+    tasks_by_size: {(height, width): tasks}. A size comes up as often as it has tasks; each has its own order, a new one
+    every epoch. A size with fewer than B tasks fills the step with the beginning of its next epoch.
     """
-    r = torch.full((len(tasks), len(judge.names)), float("nan"))
-    try:
-        r = judge(tasks, images, k) if wanted else r
-    except ValueError:
-        raise
-    except Exception as error:
-        judge.words = f"{type(error).__name__}: {error}"
-        tqdm.write(f"the judge failed on turn {k + 1}: {judge.words}", file=sys.stderr)
-    return torch.cat([r, exact(tasks, images, k)], 1) if exact else r
-
-
-def choose(tasks, B, seed, step):
-    """The B tasks of step 1, 2, ...: a new random order each epoch, as a pure function of (seed, step), so resume needs no replay."""
-    rows = []
-    for position in range((step - 1) * B, step * B):
+    sizes = list(tasks_by_size)
+    counts = [len(tasks_by_size[size]) for size in sizes]
+    drawn = random.Random(f"{seed} sizes").choices(sizes, counts, k=step)
+    size = drawn[-1]
+    visit, tasks = drawn.count(size), tasks_by_size[size]
+    chosen = []
+    for position in range((visit - 1) * B, visit * B):
         epoch, place = divmod(position, len(tasks))
-        if not rows or place == 0:
+        if not chosen or place == 0:
             order = torch.randperm(len(tasks), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        rows.append(tasks[order[place]])
-    return rows
+        chosen.append(tasks[order[place]])
+    return chosen
 
 
 def draw_int(low, high, *key):
     """A uniform integer in [low, high] that is a pure function of the key."""
-    return low + int(torch.special.ndtr(draw_noise(1, *key)).item() * (high - low + 1)) if high > low else low
+    share = torch.special.ndtr(draw_noise(1, *key)).item()                        # uniform in [0, 1], its ends included
+    return min(high, low + int(share * (high - low + 1)))
 
 
-def gather(x, world):
-    """Concatenate the processes' tensors, in order of rank."""
-    if world == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world)]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+def stochastic_window(cfg, step):
+    """The W steps that GRPO makes stochastic in this rollout; NFT samples by Euler throughout."""
+    if cfg.algo == "nft":
+        return range(0)
+    steps = trained_steps(cfg)
+    first = draw_int(steps.start, steps.stop - cfg.window, cfg.seed, step)
+    return range(first, first + cfg.window)
 
 
-def update(editor, trajectories, A, weight, optimizer, cfg, step, rows, micro, own, world):
-    """One rollout's optimizer steps: A and weight (S, K) of this process's tasks `own` -> info of means over the step.
+def gather(x, share, device):
+    """Concatenate the processes' tensors (local tasks, ...), in the order of the step's tasks; on the CPU."""
+    if share.world > 1:
+        parts = [torch.empty_like(x, device=device) for _ in range(share.world)]
+        dist.all_gather(parts, x.contiguous().to(device))
+        x = torch.cat(parts).cpu()
+    return x[torch.tensor(share.order).argsort()]
 
-    `trajectories` are one for each size of the pictures, and hold all rows of A between them.
 
-    loss = sum_s w_s (1 / K W) sum_{k,i} (L + kl mean (v - v_ref)^2) / sum_s w_s, the last sum over all processes; NFT
-    takes --times random times per turn in place of the window's steps. Samples of weight 0 are left out.
+def replay(editor, trajectory, rows, k):
+    """velocity(x, t) of some rows of turn k, conditioned as in the rollout."""
+    cond = select(trajectory.cond[k], rows, editor.device)
+    context = trajectory.context[rows, k].to(editor.device)
+    size = tuple(trajectory.images.shape[3:])
+    return lambda x, t: editor.velocity(x, t, cond, context, size)
+
+
+def add_kl(loss, info, editor, velocity, v, x, t, kl):
+    """L + kl mean (v - v_ref)^2, with gradient; v_ref is the velocity before training."""
+    if kl == 0:
+        return loss, info
+    with torch.no_grad(), editor.using("ref"):
+        v_ref = velocity(x, t)
+    distance = (v - v_ref).square().mean((1, 2))
+    return loss + kl * distance, info | {"kl": distance.detach()}
+
+
+def grpo_terms(editor, trajectory, rows, k, A, keys, cfg):
+    """GRPO's losses of some rows at turn k: replay the W stochastic steps -> W times loss (n,), info of (n,) tensors."""
+    device, times = editor.device, trajectory.t.tolist()
+    velocity = replay(editor, trajectory, rows, k)
+    for j, i in enumerate(trajectory.window):
+        x = trajectory.x[rows, k, j].to(device)
+        x_next = trajectory.x[rows, k, j + 1].to(device)
+        t = torch.full((len(rows),), times[i], device=device)
+        v = velocity(x, t)
+        _, logp, _, _ = sde_step(v, x, times[i], times[i + 1], cfg.eta, cfg.step_kind, times[1], x_next=x_next)
+        loss, info = grpo_loss(logp, trajectory.logp[rows, k, j].to(device), A, cfg.clip)
+        ratio = info.pop("ratio")
+        info |= {"log_ratio": ratio.log(), "ratio_deviation": (ratio - 1).abs()}
+        yield add_kl(loss, info, editor, velocity, v, x, t, cfg.kl)
+
+
+def nft_terms(editor, trajectory, rows, k, A, keys, cfg):
+    """NFT's losses of some rows at turn k, at W times of the rollout's grid -> W times loss (n,), info of (n,) tensors."""
+    device, grid = editor.device, trajectory.t[trained_steps(cfg)]
+    velocity = replay(editor, trajectory, rows, k)
+    x_0 = trajectory.x[rows, k, 0].to(device)
+    for j in range(cfg.window):
+        t, eps = zip(*(forward_noise(grid, x_0.shape[1:], (*key, k), j) for key in keys))
+        t, eps = torch.stack(t).to(device), torch.stack(eps).to(device)
+        x = noised(x_0, t, eps)
+        with torch.no_grad(), editor.using("old"):
+            v_old = velocity(x, t)
+        v = velocity(x, t)
+        loss, info = nft_loss(v, v_old, x, x_0, t, A, cfg.beta)
+        yield add_kl(loss, info, editor, velocity, v, x, t, cfg.kl)
+
+
+def forward_noise(grid, shape, key, j):
+    """NFT's j-th time and noise of one row: t drawn without replacement from the grid, eps of `shape`."""
+    order = draw_noise(len(grid), *key, 10_000).argsort()
+    return grid[order[j]], draw_noise(shape, *key, 10_001 + j)
+
+
+TERMS = {"grpo": grpo_terms, "nft": nft_terms}
+LOGGED = {"grpo": ["loss", "log_ratio", "clip_fraction"], "nft": ["loss", "old_distance"]}
+
+
+def micro_batches(part, used, K, micro, whole):
+    """(rows, turn) of one update, as many in a forward as in the rollout; samples that are not used are left out.
+
+    `whole`: a forward is left out as a whole or not at all.
     """
-    K, device, params = cfg.turns, editor.device, list(editor.trained.values())
-    n_inner = cfg.window if cfg.algo == "grpo" else cfg.times
-    # GRPO in bfloat16: a batch of another size may compute another log-probability, so a batch is left out as a whole or not at all
+    for batch in part.split(micro):
+        for k in range(K):
+            keep = used[batch, k]
+            rows = batch if whole and keep.any() else batch[keep]
+            if len(rows):
+                yield rows, k
+
+
+def update(editor, trajectory, A, used, optimizer, cfg, step, share):
+    """One rollout's optimizer steps: A and used (S, K) of this process's rows -> info, means over what was trained on.
+
+    loss = sum_{s,k used} sum_W (L + kl mean (v - v_ref)^2) / (n W), n = how many (s, k) are used in all processes.
+    An update that no sample speaks for, or whose gradient or loss is not finite, is not taken.
+    """
+    device, params = editor.device, list(editor.trained.values())
+    names = LOGGED[cfg.algo] + ["kl"] * (cfg.kl > 0)
+    totals, n_total, norms, deviations, skipped = torch.zeros(len(names), device=device), 0, [], {}, 0
+    # In bfloat16 a batch of another size may compute another log-probability, and GRPO's ratio must start at 1.
     whole = cfg.algo == "grpo" and editor.transformer.dtype != torch.float32
     for settings in optimizer.param_groups:
-        settings["lr"] = cfg.lr * min(1, step / max(1, cfg.warmup))
-    names = ["loss", *(["log_ratio", "clip_fraction"] if cfg.algo == "grpo" else ["old_distance"]), *["kl"] * (cfg.kl > 0)]
-    totals, largest, norms = dict.fromkeys(names, 0.), [0.] * cfg.updates, []
-    for u, part in enumerate(torch.arange(len(A)).split(rows)):
-        total = weight[part].sum() / K
-        if world > 1:
-            total = total.to(device)
-            dist.all_reduce(total)
+        settings["lr"] = cfg.lr * min(1, step / WARMUP)
+
+    for u, part in enumerate(torch.arange(len(A)).split(share.rows)):
+        # Nothing to learn in this part: the optimizer's momentum must not move the weights either.
+        n = over_processes(used[part].sum(), share, device)
+        if n == 0:
+            continue
+
+        # Gradients of this process's samples. Sums stay on the device: nothing in here waits for it.
         optimizer.zero_grad()
-        batches = [(trajectory, batch) for trajectory in trajectories
-                   for batch in torch.isin(trajectory.rows, part).nonzero().flatten().split(micro) if len(batch)]
-        for trajectory, micro_batch in batches:
-            size = tuple(trajectory.images.shape[3:])
-            for k in range(K):
-                used = weight[trajectory.rows[micro_batch], k] > 0
-                batch = micro_batch[used.any().expand_as(used) if whole else used]
-                if not len(batch):                           # nothing in here waits for another process, so they may differ
-                    continue
-                places = trajectory.rows[batch]                                                   # rows of A
-                keys = [(own[s // cfg.group].item(), s % cfg.group) for s in places.tolist()]     # task of the whole step, sample
-                cond = trajectory.cond_rows(k, batch, device)
-                context = trajectory.context[batch, k].to(device)
-                a, w = A[places, k].to(device), weight[places, k].to(device)
-                for j in range(n_inner):
-                    if cfg.algo == "grpo":
-                        i = trajectory.start + j
-                        x, t = trajectory.x[batch, k, j].to(device), trajectory.t[i].to(device).expand(len(batch))
-                    else:
-                        x_0 = trajectory.x[batch, k, 0].to(device)
-                        t, eps = zip(*(forward_noise(trajectory, x_0.shape[1:], cfg, (cfg.seed, step, *key, k), j) for key in keys))
-                        t, eps = torch.stack(t).to(device), torch.stack(eps).to(device)
-                        x = noised(x_0, t, eps)
-                        with torch.no_grad(), editor.weights("old"):
-                            v_old = editor.velocity(x, t, cond, context, size)
-                    if cfg.kl:
-                        with torch.no_grad(), editor.weights("ref"):
-                            v_ref = editor.velocity(x, t, cond, context, size)
-                    v = editor.velocity(x, t, cond, context, size)
-                    if cfg.algo == "grpo":
-                        _, logp, _, _ = sde_step(v, x, trajectory.t[i].item(), trajectory.t[i + 1].item(), cfg.eta, cfg.step_kind,
-                                                 trajectory.t[1].item(), x_next=trajectory.x[batch, k, j + 1].to(device))
-                        loss, info = grpo_loss(logp, trajectory.logp[batch, k, j].to(device), a, cfg.clip)
-                        ratio = info.pop("ratio")
-                        largest[u] = max(largest[u], deviation := (ratio - 1).abs().max().item())
-                        if u == 0 and not deviation < 1e-5:
-                            raise Stopped(f"ratio differs from 1 by {deviation:.1e} before the first update: rollout and update do not "
-                                               "compute the same log-probability (precision, weights or conditioning differ)")
-                        info["log_ratio"] = ratio.log()
-                    else:
-                        loss, info = nft_loss(v, v_old, x, x_0, t, a, cfg.beta)
-                    if cfg.kl:
-                        kl = (v - v_ref).square().mean((1, 2))
-                        loss, info["kl"] = loss + cfg.kl * kl, kl.detach()
-                    ((loss * w).sum() / (total.clamp(min=1) * K * n_inner)).backward()
-                    info["loss"] = loss.detach()
-                    for name in names:
-                        totals[name] += (info[name] * w).sum().item() / n_inner
-        reduce_gradients(params, world)
-        norms.append(torch.nn.utils.clip_grad_norm_(params, cfg.grad_norm).item())
+        sums = {name: torch.zeros((), device=device) for name in names}
+        largest = torch.zeros((), device=device)
+        for rows, k in micro_batches(part, used, cfg.turns, share.micro, whole):
+            keys = [(cfg.seed, step, share.tasks[s // cfg.group], s % cfg.group) for s in rows.tolist()]
+            counts = used[rows, k].float().to(device)
+            for loss, info in TERMS[cfg.algo](editor, trajectory, rows, k, A[rows, k].to(device), keys, cfg):
+                ((loss * counts).sum() / (n * cfg.window)).backward()
+                largest = torch.maximum(largest, info.pop("ratio_deviation", largest).max())
+                for name, value in (info | {"loss": loss.detach()}).items():
+                    sums[name] += (value * counts).sum()
+        if cfg.algo == "grpo":
+            deviations[f"ratio_deviation_{u + 1}"] = check_ratio(largest, not norms, cfg, share)
+
+        # The same gradient on every process, so that all of them decide and move alike.
+        sums = reduce_gradients(params, torch.stack(list(sums.values())), share)
+        norm = torch.nn.utils.clip_grad_norm_(params, GRAD_NORM).item()
+        if not math.isfinite(norm + sums[0].item()):
+            skipped += 1
+            continue
         optimizer.step()
         editor.blend("ema", cfg.ema)
-    everyone = gather(torch.tensor([[weight.sum(), *totals.values(), *largest]], dtype=torch.float64, device=device), world).cpu()
-    n, *sums = everyone[:, :1 + len(names)].sum(0).tolist()
-    info = {name: value / max(1, n) for name, value in zip(names, sums)}              # means over what was trained on
-    if cfg.algo == "grpo":
-        info |= {f"ratio_deviation_{u + 1}": value for u, value in enumerate(everyone[:, 1 + len(names):].amax(0).tolist())}
-    return info | {"grad_norm": sum(norms) / len(norms)}
+        norms.append(norm)
+        totals, n_total = totals + sums, n_total + n
+
+    info = dict(zip(names, (totals / max(1, n_total * cfg.window)).tolist()))
+    return info | deviations | {"grad_norm": sum(norms) / max(1, len(norms)), "taken": len(norms), "skipped": skipped}
 
 
-def forward_noise(trajectory, shape, cfg, key, j):
-    """NFT's time and noise of one row: t drawn without replacement from the trained part of the rollout's grid, eps (N, C)."""
-    order = draw_noise(cfg.train_last - cfg.train_first + 1, *key, 10_000).argsort()
-    return trajectory.t[cfg.train_first + order[j]], draw_noise(shape, *key, 10_001 + j)
+def over_processes(x, share, device, op=dist.ReduceOp.SUM):
+    """The sum (or maximum) of a number over all processes, as a Python number."""
+    x = torch.as_tensor(x, device=device)
+    if share.world > 1:
+        dist.all_reduce(x, op)
+    return x.item()
 
 
-def reduce_gradients(params, world):
-    """Sum gradients over processes in one flat all-reduce; a missing gradient (Qwen's last text stream) counts as zeros."""
+def check_ratio(largest, first, cfg, share):
+    """The largest |ratio - 1| of all processes. Before the first update it is 0, or rollout and update disagree."""
+    deviation = over_processes(largest, share, largest.device, dist.ReduceOp.MAX)
+    words = (f"ratio differs from 1 by {deviation:.1e} before the first update (--clip {cfg.clip:g}): rollout and update do "
+             "not compute the same log-probability (precision, weights or conditioning differ)")
+    if first and deviation > RATIO_STOP * cfg.clip:
+        raise Stopped(words)
+    if first and deviation > RATIO_WARN * cfg.clip and share.rank == 0:
+        tqdm.write(f"warning: {words}", file=sys.stderr)
+    return deviation
+
+
+def reduce_gradients(params, sums, share):
+    """Sum the gradients over processes, and `sums` (n,) with them, in one flat all-reduce; returns the sums.
+
+    A missing gradient (Qwen's last text stream) counts as zeros.
+    """
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    if world == 1:
-        return
-    flat = torch.cat([p.grad.flatten() for p in params])
+    if share.world == 1:
+        return sums
+    flat = torch.cat([sums, *(p.grad.flatten() for p in params)])
     dist.all_reduce(flat)
-    for p, g in zip(params, flat.split([p.numel() for p in params])):
-        p.grad = g.view_as(p).clone()
+    sums, *gradients = flat.split([len(sums), *(p.numel() for p in params)])
+    for p, gradient in zip(params, gradients):
+        p.grad = gradient.view_as(p).clone()
+    return sums
 
 
 # --------------------------------------------------------------------------------------------------------- bookkeeping
 
-def reward_metrics(r, A, weight, names, exact, exact_names):
-    """r (B, G, K, M) -> flat metrics: every reward per turn, spread within groups, share of judge failures and of used samples.
+def step_metrics(step, r, seen, A, used, info, seconds, run, cfg):
+    """Rewards r (B, G, K, R), the referee's `seen` (B, G, K, ...) or None, and the rest of a step -> flat metrics.
 
-    exact (B, G, K, ...): what the exact judge says of the same pictures; where it rises less than r, r is being hacked.
+    Every reward per turn; the spread within groups of what --min-std looks at, and the share of groups over it: those
+    that the reward teaches. Where the referee's scores rise less than the judge's, the judge is being hacked.
     """
-    metrics = {"judge/failed": r.isnan().any(-1).float().mean().item()}
-    for m, name in enumerate(names):
-        for k in range(r.shape[2]):
-            metrics[f"reward/{name}_turn{k + 1}"] = r[:, :, k, m].nanmean().item()
-        metrics[f"reward/{name}"] = r[..., m].nanmean().item()
-        means = r[..., m].mean(2)                                       # (B, G) trajectory scores
-        metrics[f"group_std/{name}"] = means.std(1, correction=0).nanmean().item()
-    for m, name in enumerate(exact_names):
-        metrics[f"exact/{name}"] = exact[..., m].mean().item()
-        metrics |= {f"exact/{name}_turn{k + 1}": exact[:, :, k, m].mean().item() for k in range(exact.shape[2])}
-    return metrics | {"advantage/abs": A.abs().mean().item(), "advantage/used": weight.mean().item()}
+    metrics = {"step": step, "judge/failed": share_failed(r, cfg)}
+    columns = [("reward", r, run.judge.names)]
+    if run.referee:
+        columns.append(("referee", seen, run.referee.names))
+    for prefix, scores, names in columns:
+        for m, name in enumerate(names):
+            metrics[f"{prefix}/{name}"] = scores[..., m].nanmean().item()
+            for k in range(cfg.turns):
+                metrics[f"{prefix}/{name}_turn{k + 1}"] = scores[:, :, k, m].nanmean().item()
+
+    S = turn_scores(r, cfg.aggregate, cfg.spread)
+    std, valid = group_std(S)[1], group_normalize(S, cfg.min_std)[1].any(1)
+    for m, name in enumerate(run.judge.names):
+        metrics[f"group_std/{name}"] = std[..., m].mean().item()
+        metrics[f"teaches/{name}"] = valid[..., m].float().mean().item()
+    metrics |= {"advantage/abs": A.abs().mean().item(), "advantage/used": used.float().mean().item()}
+    metrics |= {f"update/{name}": value for name, value in info.items()}
+    metrics |= {f"seconds/{name}": round(value, 3) for name, value in seconds.items()}
+    # what is unknown (NaN) is null in the file, since JSON has no word for it
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def save(editor, optimizer, step, out):
-    """Checkpoint and LoRA; each file appears whole or not at all, so that a kill at any moment leaves a usable one."""
-    folder = Path(out) / "checkpoint"
-    folder.mkdir(exist_ok=True)
-    model.save_weights(editor, out, "ema")                   # first: a kill in between repeats steps and writes it again
-    state = {"step": step, "policy": [p.data for p in editor.trained.values()], "sets": editor.sets, "optimizer": optimizer.state_dict()}
-    torch.save(state, folder / "state.tmp")
-    os.replace(folder / "state.tmp", folder / "state.pt")
-
-
-def restore(editor, optimizer, out):
-    """Load the checkpoint of a run; returns the number of steps done, and drops metrics written after it."""
-    state = torch.load(Path(out) / "checkpoint" / "state.pt", map_location=editor.device, weights_only=True)
-    for p, value in zip(editor.trained.values(), state["policy"], strict=True):
-        p.data.copy_(value)
-    editor.sets = state["sets"]
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
-
-def open_run(cfg):
-    """Make the folder of a new run, or check that a resumed one has this config. Returns the folder."""
-    out = Path(cfg.out)
-    file = out / "config.json"
-    if not cfg.resume:
-        if file.exists():
-            raise ValueError(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
-        out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(asdict(cfg), indent=1))
-        return out
-    if not file.exists():
-        raise ValueError(f"--resume: {out} holds no run")
-    before, now = json.loads(file.read_text()), asdict(cfg)
-    changed = [f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now if name not in FREE and before.get(name) != now[name]]
-    if changed:
-        raise ValueError(f"--resume: the run in {out} was started with another config: {', '.join(changed)}")
-    return out
-
-
-def truncate(path, step):
-    """Keep the first `step` lines of metrics.jsonl: a run killed between checkpoints repeats the steps after the last one."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.with_suffix(".tmp").write_text("".join(lines[:step]))
-    os.replace(path.with_suffix(".tmp"), path)
+def share_failed(r, cfg):
+    """Share of the turns that the judge failed on, of those that it was asked about."""
+    asked = r[:, :, -1:] if cfg.aggregate == "whole" else r
+    return asked.isnan().any(-1).float().mean().item()
 
 
 def draw_samples(tasks, images, r, A, names, path, n=4):
     """Contact sheet of a step: for each of n tasks its best and its worst sample, with the rewards under each picture."""
-    rows = []
+    G, rows = r.shape[1], []
+    success = evaluation.successes(r, names)                                             # (B, G, K), NaN = not judged
     for b in range(min(n, len(tasks))):
-        for label, g in (("best", A[b].mean(-1).argmax().item()), ("worst", A[b].mean(-1).argmin().item())):
-            captions = [f"{k + 1}. {tasks[b].instructions[k]}\n" + " ".join(f"{name[:4]} {r[b, g, k, m]:.2f}" for m, name in enumerate(names))
-                        for k in range(r.shape[2])]
-            good = evaluation.successes(r[b, g][None], names)[0] > 0
-            rows.append((f"{label} of {r.shape[1]}, A {A[b, g].mean():+.1f}", images[b * r.shape[1] + g], captions, good))
+        ranking = A[b].mean(-1)
+        for label, g in (("best", ranking.argmax().item()), ("worst", ranking.argmin().item())):
+            captions, marks = [], []
+            for k, instruction in enumerate(tasks[b].instructions[:r.shape[2]]):
+                scores = " ".join(f"{name[:4]} {r[b, g, k, m]:.2f}" for m, name in enumerate(names))
+                captions.append(f"{k + 1}. {instruction}\n{scores}")
+                marks.append(None if success[b, g, k].isnan() else bool(success[b, g, k] > 0))
+            rows.append((f"{label} of {G}, A {ranking[g]:+.1f}", images[b * G + g], captions, marks))
     evaluation.contact_sheet(rows, path)
+
+
+def write_whole(path, write):
+    """Write a file by write(binary file); it appears whole or not at all, also after a power failure."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:             # torch.save raises RuntimeError on a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+
+
+def save(editor, optimizer, step, out):
+    """Checkpoint of a step and LoRA; the last two checkpoints are kept."""
+    folder = out / "checkpoint"
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_weights(editor, out, "ema")                   # first: a kill in between repeats steps and writes it again
+    state = {"step": step, "policy": [p.data for p in editor.trained.values()], "sets": editor.sets,
+             "optimizer": optimizer.state_dict()}
+    write_whole(folder / f"step_{step:06d}.pt", lambda file: torch.save(state, file))
+    for old in sorted(folder.glob("step_*.pt"))[:-2]:
+        old.unlink()
+
+
+def restore(editor, optimizer, out, say):
+    """Load the newest checkpoint that can be read; returns the number of steps done. ValueError if there is none."""
+    for file in sorted((out / "checkpoint").glob("step_*.pt"), reverse=True):
+        try:
+            state = torch.load(file, map_location=editor.device, weights_only=True)
+            for p, value in zip(editor.trained.values(), state["policy"], strict=True):
+                p.data.copy_(value)
+            optimizer.load_state_dict(state["optimizer"])
+            editor.sets = state["sets"]
+            return state["step"]
+        except Exception as error:                           # torch raises many kinds for a file that is no checkpoint
+            say(f"{file} is damaged ({(str(error) or type(error).__name__).splitlines()[0]}): the one before it is used")
+    raise ValueError(f"--resume: no checkpoint in {out / 'checkpoint'} can be read; nothing was changed")
+
+
+def read_config(out):
+    """config.json of a run. ValueError if it is none."""
+    try:
+        config = json.loads((out / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{out / 'config.json'} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{out / 'config.json'} is no config of a run: it holds a {type(config).__name__}")
+    return config
+
+
+def check_out(cfg):
+    """Refuse an --out that cannot be used, before anything is loaded; nothing is written here."""
+    out, there = Path(cfg.out), (Path(cfg.out) / "config.json").is_file()
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"--out {out} is no folder that can be written: look at {parent}")
+    if there and not cfg.resume:
+        raise ValueError(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
+    if cfg.resume and not there:
+        raise ValueError(f"--resume: {out} holds no run")
+    if cfg.resume:
+        same_as_before(read_config(out), asdict(cfg), out)
+        if not list((out / "checkpoint").glob("step_*.pt")):
+            raise ValueError(f"--resume: {out / 'checkpoint'} holds no checkpoint; nothing was changed")
+
+
+def same_as_before(before, now, out):
+    """ValueError if a run is to be resumed with another config, or other contents behind the same names."""
+    changed = [f"{name} {before.get(name)!r} -> {value!r}" for name, value in now.items()
+               if name not in FREE and before.get(name) != value]
+    if changed:
+        raise ValueError(f"--resume: the run in {out} was started with another config: {', '.join(changed)}")
+
+
+def fingerprints(cfg, judge):
+    """Digests of what is behind the names in a config: a run must not go on with other contents."""
+    lora = model.fingerprint(cfg.lora) if cfg.lora else ""
+    return {"content_of_model": model.fingerprint(cfg.model), "content_of_lora": lora,
+            "content_of_data": data.file_fingerprint(cfg.data), "content_of_judge": judge.fingerprint}
+
+
+def open_run(cfg, judge, editor, optimizer):
+    """Make the folder of a new run, or load the checkpoint of a resumed one. Returns the number of steps done."""
+    out, contents = Path(cfg.out), fingerprints(cfg, judge)
+    if cfg.resume:
+        same_as_before(read_config(out), contents, out)
+        done = restore(editor, optimizer, out, lambda words: print(words, file=sys.stderr, flush=True))
+        keep_lines(out / "metrics.jsonl", done)
+        if not (out / model.LORA_FILE).exists():
+            model.save_weights(editor, out, "ema")
+        return done
+    save(editor, optimizer, 0, out)                          # so that a run can be resumed whenever it was killed
+    write_whole(out / "config.json", lambda file: file.write(json.dumps(asdict(cfg) | contents, indent=1).encode()))
+    return 0
+
+
+def keep_lines(path, n):
+    """Keep the first n lines of metrics.jsonl: a run killed between checkpoints repeats the steps after the last one."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    write_whole(path, lambda file: file.writelines(lines[:n]))
+
+
+@contextmanager
+def interruptible():
+    """Note SIGINT and SIGTERM in a list, so that the step is finished and saved; a second one ends the process at once."""
+    caught = []
+
+    def note(number, frame):
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
 
-def main(cfg):
+def start_processes():
+    """(rank, number of processes, device) of this process."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    local, rows, micro = check(cfg, world)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)                        # before anything collective
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # A day: rank 0 may judge, or make the closing table, for longer than the ten minutes of NCCL's own default.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1),
+                                device_id=device if device.type == "cuda" else None)
+    return rank, world, device
 
-    judge = reward.load(cfg.judge, device, **{name: getattr(cfg, name) for name in reward.OPTIONS})
-    weights = reward_weights(cfg, judge)
-    tasks = data.load(cfg.data, "train", cfg.turns, cfg.resolution, images=cfg.images)
-    val = data.load(cfg.data, "val", cfg.turns, cfg.resolution, cfg.val_tasks, images=cfg.images) if cfg.val_tasks and rank == 0 else []
+
+def load_tasks(cfg, rank):
+    """Training tasks by picture size, {(height, width): tasks}, and the validation tasks of rank 0."""
+    tasks = data.load(cfg.data, "train", cfg.turns, cfg.resolution)
     if len(tasks) < cfg.tasks:
         raise ValueError(f"--tasks {cfg.tasks} is more than the {len(tasks)} training tasks of {cfg.data}")
-    judge.check(tasks + val)
-    exact = reward.ExactJudge() if cfg.judge != "exact" and all("scenes" in task.meta for task in tasks) else None     # looks on, if it can
-    exact_names = exact.names if exact else []
-    sizes = Counter(task.image.size for task in tasks)
-    if len(sizes) > 1 and cfg.group % micro:                 # so that rollout and update see the same micro-batches of each size
-        if cfg.micro:
-            raise ValueError(f"--micro {cfg.micro} does not divide --group {cfg.group}, as it must where pictures have several sizes "
-                             f"({len(sizes)} sizes)")
-        micro = cfg.group
-    editor = model.load(cfg.model, device, torch.bfloat16 if cuda else torch.float32, cfg.guidance, cfg.offload)
-    for width, height in sizes:
-        editor.latent_shape((height, width))                 # refuses a size that is no multiple
+    by_size = {}
+    for task in tasks:
+        by_size.setdefault(task.size, []).append(task)
+    val = []
+    if cfg.val_tasks and rank == 0:
+        val = data.load(cfg.data, "val", cfg.turns, cfg.resolution, cfg.val_tasks)
+        if not val:
+            print(f"{cfg.data} has a single task: none is left for validation", file=sys.stderr, flush=True)
+    return by_size, val
+
+
+def load_judges(cfg, device, tasks):
+    """The judge that is trained on, and the referee that looks on, or None."""
+    asked = dict(rubric=cfg.rubric, reasoning=cfg.reasoning, votes=cfg.votes, workers=cfg.judge_workers)
+    judge = reward.load(cfg.judge, device, scoring="trajectory" if cfg.aggregate == "whole" else "turn", **asked)
+    judge.check(tasks)
+    name = cfg.referee
+    if not name:
+        name = "exact" if cfg.judge != "exact" and all("scenes" in task.meta for task in tasks) else "none"
+    if name == "none":
+        return judge, None
+    referee = reward.load(name, device) if name == "exact" else reward.load(name, device, **asked)
+    referee.check(tasks)
+    return judge, referee
+
+
+def load_editor(cfg, device, sizes):
+    """The editor with what is trained of it, and its optimizer."""
+    editor = model.load(cfg.model, device, guidance=cfg.guidance, offload=cfg.offload)
+    for size in sizes:
+        editor.latent_shape(size)                            # refuses a size that is no multiple
     if cfg.lora:
         model.load_weights(editor, cfg.lora)
     else:
         model.add_lora(editor, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
-    optimizer = torch.optim.AdamW(editor.trained.values(), cfg.lr, weight_decay=cfg.weight_decay)
+    return editor, torch.optim.AdamW(editor.trained.values(), cfg.lr, weight_decay=WEIGHT_DECAY)
+
+
+def announce(cfg, share, editor, tasks_by_size):
+    """What is going to happen, and what of it is not the default."""
+    linears = sum(isinstance(module, model.LoRALinear) for module in editor.transformer.modules())
+    trained = sum(p.numel() for p in editor.trained.values()) / 1e6
+    others = [f"{flag(f.name)} {getattr(cfg, f.name)}" for f in fields(Config)
+              if getattr(cfg, f.name) != f.default and f.name not in ("algo", "preset", "out", "resume")]
+    print(f"{cfg.algo}: {cfg.tasks} tasks x {cfg.group} samples x {cfg.turns} turns x {cfg.denoise} denoising steps on "
+          f"{share.world} process{'es' * (share.world > 1)} ({editor.device.type}); {cfg.updates} "
+          f"update{'s' * (cfg.updates > 1)} of {share.rows} rows a process, {share.micro} in a forward")
+    print(f"trained: {f'LoRA of {linears} Linears' if linears else 'the whole transformer'}, {trained:.2f} M parameters "
+          f"-> {cfg.out}")
+    print(f"not the defaults (preset {cfg.preset}, {cfg.algo}): {' '.join(others) or 'nothing'}")
+    counts = sorted(((len(tasks), size) for size, tasks in tasks_by_size.items()), reverse=True)
+    print("pictures, height x width: " + ", ".join(f"{n} of {height} x {width}" for n, (height, width) in counts), flush=True)
+
+
+def closing_table(editor, judge, val, cfg):
+    """Base against tuned on the validation tasks, same noise: validation.json, a contact sheet, a table."""
+    out, arms = Path(cfg.out), {}
+    before = "start" if cfg.lora else "base"                 # with --lora, training did not start from the base
+    for arm, name in ((before, "ref"), ("tuned", "ema")):
+        with editor.using(name):
+            arms[arm] = evaluation.evaluate(editor, judge, val, cfg.turns, cfg.eval_denoise, batch=cfg.micro or 100,
+                                            desc=f"validate {arm}")
+    result = evaluation.summarise(arms, val)
+    (out / "validation.json").write_text(json.dumps(result, indent=1, allow_nan=False))
+    evaluation.draw_arms(arms, val, out / "samples" / "validation.png")
+    print(f"{len(val)} validation tasks, T = {cfg.eval_denoise}\n{evaluation.table(result)}")
+
+
+def check_judge(r, judge, cfg, step):
+    """Stop a run whose judge has failed on too much of a step."""
+    failed = share_failed(r, cfg)
+    if failed > MAX_FAILED:
+        raise Stopped(f"step {step}: the judge failed on {failed:.0%} of the turns, more than {MAX_FAILED:.0%}"
+                      + (f"; its last words: {judge.last_failure}" if judge.last_failure else ""))
+
+
+def check_streaks(streaks, used, info, step, out):
+    """Count steps that taught nothing, and updates that were not taken, in a row; stop a run with too many of them."""
+    streaks["uninformed"] = 0 if used.any() else streaks["uninformed"] + 1
+    streaks["skipped"] = 0 if info["taken"] else streaks["skipped"] + info["skipped"]
+    last_good = f"the last checkpoint in {out / 'checkpoint'} is good"
+    if streaks["uninformed"] == 1:
+        tqdm.write(f"step {step}: no sample carried information (each group's scores are alike): the weights stay",
+                   file=sys.stderr)
+    if streaks["uninformed"] >= MAX_UNINFORMED:
+        raise Stopped(f"step {step}: no sample carried information in {MAX_UNINFORMED} steps in a row: look at samples/, "
+                      "and at reward/* and group_std/* in metrics.jsonl (do the judge's scores vary? is --min-std above "
+                      f"their spread? is there noise?); {last_good}")
+    if streaks["skipped"] >= MAX_SKIPPED:
+        raise Stopped(f"step {step}: the gradient was not finite in {streaks['skipped']} updates in a row: lower --lr, or "
+                      f"look at the editor's weights; {last_good}")
+
+
+class Run(NamedTuple):
+    """What a run consists of, once everything that can be refused has been."""
+    share: Share
+    device: torch.device
+    judge: object
+    referee: object                  # or None
+    weights: list                    # of the judge's rewards
+    tasks_by_size: dict
+    val: list                        # validation tasks, on rank 0
+    editor: model.Editor
+    optimizer: torch.optim.Optimizer
+    done: int                        # steps
+
+
+def prepare(cfg):
+    """Load everything that the run needs, refuse what cannot be, and open its folder: cheap refusals first."""
+    check(cfg)
+    rank, world, device = start_processes()
+    share = divide(cfg, rank, world)
     if rank == 0:
-        out = open_run(cfg)
-        linears = sum(isinstance(module, model.LoRALinear) for module in editor.transformer.modules())
-        n_params = sum(p.numel() for p in editor.trained.values())
-        print(f"{cfg.algo}: {cfg.tasks} tasks x {cfg.group} samples x {cfg.turns} turns x {cfg.denoise} denoising steps on {world} "
-              f"process{'es' * (world > 1)} ({device.type}); {cfg.updates} update{'s' * (cfg.updates > 1)} of {rows} rows a process, "
-              f"{micro} in a forward; {f'LoRA of {linears} Linears' if linears else 'the whole transformer'}, "
-              f"{n_params / 1e6:.2f} M parameters -> {cfg.out}", flush=True)
-        print("pictures, height x width: " + ", ".join(f"{n} of {height} x {width}" for (width, height), n in sizes.most_common()), flush=True)
-        if cfg.data != "shapes" and data.is_benchmark(cfg.data):
-            print(f"warning: {cfg.data} is EdiVal-Bench itself; what is trained on it must not be measured by it", file=sys.stderr, flush=True)
-        if cfg.val_tasks and not val:
-            print(f"{cfg.data} has a single task: none is left for validation", file=sys.stderr, flush=True)
-    if world > 1:
-        dist.barrier()                                       # rank 0 refuses first
-    out, done = Path(cfg.out), 0
-    if cfg.resume and (out / "checkpoint" / "state.pt").exists():
-        done = restore(editor, optimizer, out)
+        check_out(cfg)
+    tasks_by_size, val = load_tasks(cfg, rank)
+    judge, referee = load_judges(cfg, device, [task for tasks in tasks_by_size.values() for task in tasks] + val)
+    weights = reward_weights(cfg, judge)
+    editor, optimizer = load_editor(cfg, device, tasks_by_size)
+
+    # Rank 0 makes the folder or reads the checkpoint; then the others read the same one.
     if rank == 0:
-        truncate(out / "metrics.jsonl", done)
-
-    # a process's part of every update's tasks, (processes, local): so that an update sees the same tasks on any number of processes
-    everyone = torch.arange(cfg.tasks).view(cfg.updates, world, -1).transpose(0, 1).reshape(world, local)
-    own = everyone[rank]
-    pool = ThreadPoolExecutor(1)
-    # a model in process on a CPU judges between the turns: two sets of threads on the same cores slow each other down, even afterwards
-    between = device.type == "cpu" and any(isinstance(one, reward.LocalJudge) for one in getattr(judge, "judges", [judge]))
-    bar = tqdm(range(done + 1, cfg.steps + 1), initial=done, total=cfg.steps, desc=cfg.algo, disable=rank > 0)
-    for step in bar:
-        start, seconds = time.perf_counter(), {}
-        batch = choose(tasks, cfg.tasks, cfg.seed, step)
-        mine = [batch[b] for b in own]
-        window = dict(eta=cfg.eta, kind=cfg.step_kind, window=cfg.window,
-                      start=draw_int(cfg.train_first, cfg.train_last - cfg.window + 1, cfg.seed, step)) if cfg.algo == "grpo" else {}
-        trajectories, futures = [], []
-
-        def on_turn(k, images):                              # turn k is judged while turn k+1 is sampled
-            question = judge, repeated, images, k, cfg.scoring == "turn" or k == cfg.turns - 1, exact
-            if not between:
-                futures.append(pool.submit(judge_turn, *question))
-                return
-            futures.append(Future())
-            with timed(seconds, "judge_wait", device):
-                futures[-1].set_result(judge_turn(*question))
-
-        with editor.weights("old"):
-            for places in by_size(mine):
-                repeated = [mine[i] for i in places for _ in range(cfg.group)]
-                trajectories.append(rollout(
-                    editor, [mine[i] for i in places], cfg.group, cfg.turns, cfg.denoise, (cfg.seed, step), **window,
-                    shared_noise=cfg.shared_noise, task_rows=own[places].tolist(), micro=micro, on_turn=on_turn))
-                trajectories[-1].rows = (places[:, None] * cfg.group + torch.arange(cfg.group)).flatten()
-        order = torch.cat([trajectory.rows for trajectory in trajectories]).argsort()
-        with timed(seconds, "judge_wait", device):
-            scores = [future.result() for future in futures]                               # K of each size
-        r = torch.cat([torch.stack(scores[i:i + cfg.turns], 1) for i in range(0, len(scores), cfg.turns)])[order]      # (S, K, M)
-        r = gather(r.view(local, cfg.group, cfg.turns, -1).to(device), world).cpu()        # (B, G, K, M), process by process
-        r, seen = r[everyone.flatten().argsort()].split([len(judge.names), len(exact_names)], -1)     # in the order of the step's tasks
-        if cfg.scoring == "trajectory":
-            r = r[:, :, -1:].expand_as(r)                                                  # all turns get the last one's
-        failed = r.isnan().any(-1).float().mean().item()
-        if failed > cfg.max_failed:
-            raise Stopped(f"step {step}: the judge failed on {failed:.0%} of the turns, more than --max-failed {cfg.max_failed:.0%}"
-                          + (f"; its last words: {judge.words}" if judge.words else ""))
-
-        A, weight = advantages(r, weights, cfg.aggregate, cfg.fuse, cfg.spread, cfg.min_std)    # (B, G, K), of all processes
-        with timed(seconds, "update", device):
-            info = update(editor, trajectories, A[own].flatten(0, 1), weight[own].flatten(0, 1), optimizer, cfg, step, rows, micro, own, world)
-        if cfg.algo == "grpo":
-            editor.copy_weights("old")
-        else:
-            editor.blend("old", old_decay(step))
-
-        if rank == 0:
-            for name in trajectories[0].seconds:
-                seconds[name] = sum(trajectory.seconds[name] for trajectory in trajectories)
-            seconds["total"] = time.perf_counter() - start
-            metrics = {"step": step, **reward_metrics(r, A, weight, judge.names, seen, exact_names), **{f"update/{n}": v for n, v in info.items()},
-                       **{f"seconds/{n}": round(v, 3) for n, v in seconds.items()}}
-            with open(out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(metrics) + "\n")
-            last = f"{judge.names[0]}_turn{cfg.turns}"
-            bar.set_postfix({judge.names[0]: f"{metrics[f'reward/{judge.names[0]}']:.3f}", last: f"{metrics[f'reward/{last}']:.3f}"})
-            if step % cfg.sample_every == 0 or step in (1, cfg.steps):
-                pictures = [images for trajectory in trajectories for images in trajectory.images]
-                draw_samples(mine, [pictures[i] for i in order], r[own], A[own], judge.names, out / "samples" / f"{step:06d}.png")
-            if step % cfg.save_every == 0 or step == cfg.steps:
-                save(editor, optimizer, step, out)
-
-    if val:
-        referee = exact or judge                             # the judge that trained the model, only where there is no exact one
-        arms, images = {}, {}
-        for arm, name in (("base", "ref"), ("tuned", "ema")):
-            with editor.weights(name):
-                arms[arm], images[arm] = evaluation.evaluate(editor, referee, val, cfg.turns, cfg.eval_denoise, batch=cfg.micro or 100,
-                                                                    desc=f"validate {arm}")
-        result = evaluation.report(arms, referee.names, len(val))
-        (out / "validation.json").write_text(json.dumps(result, indent=1))
-        evaluation.draw_arms(val, images, {a: evaluation.successes(v, referee.names) for a, v in arms.items()}, out / "samples" / "validation.png")
-        print(f"{len(val)} validation tasks, T = {cfg.eval_denoise}\n{evaluation.table(result)}\nwritten: {out}/ (LoRA, metrics.jsonl, samples/)")
+        announce(cfg, share, editor, tasks_by_size)
+        done = open_run(cfg, judge, editor, optimizer)
     if world > 1:
         dist.barrier()
+    if rank > 0:
+        done = restore(editor, optimizer, Path(cfg.out), lambda words: None)
+    return Run(share, device, judge, referee, weights, tasks_by_size, val, editor, optimizer, done)
+
+
+def collect(futures, judge, G, rows):
+    """What a judge said of K turns of S rows -> r (S // G, G, K, R), NaN where it was not asked (None)."""
+    unasked = torch.full((rows, len(judge.names)), math.nan)
+    r = torch.stack([unasked if future is None else future.result() for future in futures], 1)
+    return r.view(-1, G, *r.shape[1:])
+
+
+def main(cfg):
+    run = prepare(cfg)
+    share, device, judge, referee, editor = run.share, run.device, run.judge, run.referee, run.editor
+    asked = [cfg.turns - 1] if cfg.aggregate == "whole" else range(cfg.turns)
+    out, mine, streaks, stop = Path(cfg.out), torch.tensor(share.tasks), {"uninformed": 0, "skipped": 0}, 0
+    progress = tqdm(range(run.done + 1, cfg.steps + 1), initial=run.done, total=cfg.steps, desc=cfg.algo,
+                    disable=share.rank > 0)
+    with interruptible() as caught:
+        for step in progress:
+            start, seconds, scores, seen = time.perf_counter(), {}, [], []
+            batch = choose(run.tasks_by_size, cfg.tasks, cfg.seed, step)
+            tasks = [batch[b] for b in share.tasks]
+            rows = [task for task in tasks for _ in range(cfg.group)]                # of each sample s
+
+            def on_turn(k, images):
+                with timed(seconds, "judge_wait", device):
+                    scores.append(judge.start(rows, images, k) if k in asked else None)
+                    seen.append(referee.start(rows, images, k) if referee else None)
+
+            # 1. Roll out: K edits on the model's own outputs; turn k is judged while turn k+1 is sampled.
+            with editor.using("old"):
+                trajectory = rollout(
+                    editor, tasks, cfg.group, cfg.turns, cfg.denoise, (cfg.seed, step), stochastic_window(cfg, step),
+                    cfg.eta, cfg.step_kind, cfg.shared_noise, share.tasks, micro=share.micro, on_turn=on_turn)
+
+            # 2. Judge: rewards of all processes (B, G, K, R); NaN = the judge failed.
+            with timed(seconds, "judge_wait", device):
+                r = gather(collect(scores, judge, cfg.group, len(rows)), share, device)
+                seen = gather(collect(seen, referee, cfg.group, len(rows)), share, device) if referee else None
+            check_judge(r, judge, cfg, step)
+
+            # 3. Advantages (B, G, K): every sample against the other samples of its own task.
+            A, used = advantages(r, run.weights, cfg.aggregate, cfg.fuse, cfg.spread, cfg.min_std)
+
+            # 4. Update: an optimizer step on each part of the tasks; the first is exactly on-policy.
+            with timed(seconds, "update", device):
+                info = update(editor, trajectory, A[mine].flatten(0, 1), used[mine].flatten(0, 1), run.optimizer, cfg,
+                              step, share)
+            if cfg.algo == "grpo":
+                editor.copy_weights("old")
+            else:
+                editor.blend("old", old_decay(step * cfg.updates))
+
+            # 5. Write down what happened; stop where it makes no sense to go on, or where somebody asked for it.
+            seconds |= trajectory.seconds | {"total": time.perf_counter() - start}
+            stop = over_processes(caught[0] if caught else 0, share, device, dist.ReduceOp.MAX)
+            if share.rank == 0:
+                metrics = step_metrics(step, r, seen, A, used, info, seconds, run, cfg)
+                with open(out / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(metrics) + "\n")
+                progress.set_postfix({name: metrics[f"reward/{name}"] for name in judge.names})
+                if step in (1, cfg.steps) or step % cfg.save_every == 0 or stop:
+                    draw_samples(tasks, trajectory.images, r[mine], A[mine], judge.names, out / "samples" / f"{step:06d}.png")
+                    save(editor, run.optimizer, step, out)
+            check_streaks(streaks, used, info, step, out)
+            if stop:
+                break
+
+    if stop and share.rank == 0:
+        print(f"stopped by {signal.Signals(stop).name} after step {step}, which is saved: --resume goes on", file=sys.stderr)
+    if run.val and not stop:
+        closing_table(editor, referee or judge, run.val, cfg)
+    if share.world > 1:
+        dist.barrier()
         dist.destroy_process_group()
+    if stop:
+        sys.exit(128 + stop)
+    if share.rank == 0:
+        print(f"written: {out}/ (LoRA, metrics.jsonl, samples/)")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse())
-    except (ValueError, Stopped) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    data.run_main(lambda: main(parse()))
