@@ -525,11 +525,11 @@ def save_weights(editor, folder, name="policy"):
     check_finite(state, f"{file} is not written: the {name} set")
     if file.name == WHOLE_FILE:
         config = transformer.to_json_string()
-        write(file.with_name("config.json"), lambda path: path.write_text(config))
-    write(file, lambda path: save_file(state, path, {"format": "pt"}))
+        write_whole(file.with_name("config.json"), lambda path: path.write_text(config))
+    write_whole(file, lambda path: save_file(state, path, {"format": "pt"}))
 
 
-def write(file, writer):
+def write_whole(file, writer):
     """Let writer(path) write a file under another name, then rename it: whole or not at all. OSError names the file."""
     temporary = file.with_name(file.name + ".tmp")
     try:

@@ -1,0 +1,308 @@
+"""Make the embedded editor, a tiny FLUX.1-Kontext: train a VAE, then flow matching on clean single edits.
+
+    python -m shapes.make_editor                    # writes shapes/editor; continues where it stopped
+    python -m shapes.make_editor --out my/editor --flow-steps 2000
+
+The result is a FluxKontextPipeline folder: FluxTransformer2DModel, AutoencoderKL, CLIP and T5 text encoders, all tiny.
+It is an honest base model: it sees clean single edits only, never its own outputs, so it is good at one edit and falls
+apart over three by itself. Nothing but the number of steps decides how good it gets. About 16 minutes on two cores.
+"""
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import Parser, run_main
+from model import write_whole
+from shapes import world
+
+HERE = Path(__file__).parent
+VAE = dict(
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(32, 32, 64, 64), layers_per_block=1, latent_channels=16, norm_num_groups=8,
+    sample_size=world.SIZE, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False)
+DIALOGUES = 20_000          # clean dialogues of three edits that the flow model learns from
+FIRST_DIALOGUE = 10 ** 6    # of them: far from those that reinforcement learning trains on
+
+
+# --------------------------------------------------------------------------------------- shared with make_judge.py
+
+def pixels(scenes):
+    """Scenes as the VAE's input: (n, 3, 48, 48) in [-1, 1], channels last."""
+    x = torch.from_numpy(world.render(scenes)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return x.to(memory_format=torch.channels_last)
+
+
+def muon_and_adamw(params, hidden, lr):
+    """Muon for the hidden matrices, AdamW for all else: AdamW alone took several times as many steps.
+
+    `params`: {name: parameter}; `hidden`: the names of the hidden matrices.
+    """
+    others = [p for name, p in params.items() if name not in hidden]
+    matrices = [params[name] for name in hidden]
+    return {"adamw": torch.optim.AdamW(others, lr, betas=(.9, .99), weight_decay=1e-2),
+            "muon": torch.optim.Muon(matrices, lr, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw")}
+
+
+def save_progress(path, step, parts, **more):
+    """Write a checkpoint, whole or not at all: the state of parts {name: module, optimizer or schedule}, and what else."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    write_whole(path, lambda file: torch.save({"step": step, "parts": state, **more}, file))
+
+
+def load_progress(path, parts):
+    """Put a checkpoint's states back into parts; returns all that it holds, {"step": 0} if there is none."""
+    if not path.exists():
+        return {"step": 0}
+    saved = torch.load(path, weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(saved["parts"][name])
+    return saved
+
+
+# -------------------------------------------------------------------------------------------------------------- VAE
+
+def crowd(rng):
+    """A scene with any content in any cell: denser than a task's, so that the VAE sees every object often."""
+    cells = tuple(rng.choice(world.CONTENTS) if rng.random() < .7 else None for _ in range(9))
+    return world.Scene(rng.choice(list(world.BACKGROUNDS)), cells)
+
+
+def build_vae():
+    """The untrained VAE, with little noise in its latents at first: with unit noise it collapses."""
+    from diffusers import AutoencoderKL
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**VAE).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        log_variance = slice(VAE["latent_channels"], None)
+        vae.encoder.conv_out.weight[log_variance].zero_()
+        vae.encoder.conv_out.bias[log_variance].fill_(-6)
+    return vae
+
+
+def train_vae(work, steps, batch=16, lr=1.5e-3):
+    """Reconstruct crowded scenes; the learning rate falls to 2 % on the way. Returns the VAE."""
+    vae = build_vae()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr, betas=(.9, .99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, 1.02 - i / steps))
+    parts = {"vae": vae, "optimizer": optimizer, "schedule": schedule}
+    saved = load_progress(work / "vae.pt", parts)
+    if "rng" in saved:
+        torch.set_rng_state(saved["rng"])
+
+    bar = tqdm(range(saved["step"], steps), initial=saved["step"], total=steps, desc="vae")
+    for step in bar:
+        rng = random.Random(f"vae {step}")
+        x = pixels([crowd(rng) for _ in range(batch)])
+        with torch.autocast("cpu", torch.bfloat16):
+            latent = vae.encode(x).latent_dist
+            y = vae.decode(latent.sample()).sample
+
+        error = y.float() - x
+        mean, log_variance = latent.mean.float(), latent.logvar.float()
+        kl = .5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).mean()
+        loss = error.abs().mean() + error.square().mean() + 1e-6 * kl
+
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(l1=f"{error.abs().mean():.4f}", mse=f"{error.square().mean():.5f}", kl=f"{kl:.2f}")
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            save_progress(work / "vae.pt", step + 1, parts, rng=torch.get_rng_state())
+    return vae
+
+
+@torch.no_grad()
+def read_back(vae, n=500, seed=1):
+    """Share of n scenes, and of their cells, that the exact judge reads back right from their reconstruction.
+
+    The third number is the mean squared distance of a cell from the nearest one there can be, values in [0, 1].
+    """
+    rng = random.Random(seed)
+    scenes = [world.sample_scene(rng) for _ in range(n)]
+    parts = [vae.decode(vae.encode(x).latent_dist.mode()).sample for x in pixels(scenes).split(100)]
+    y = torch.cat(parts).clamp(-1, 1)
+    pictures = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    ground, contents = world.encode_scenes(scenes)
+    seen_ground, seen, distance, _ = world.read(pictures)
+    right = (seen == contents).all(1) & (seen_ground == ground)
+    return right.mean(), (seen == contents).mean(), distance.min(2).mean()
+
+
+# ------------------------------------------------------------------------------------------------------- the pipeline
+
+def build_tokenizers():
+    """A BPE tokenizer (CLIP's kind) and a unigram one (T5's kind) over the world's own words; letters as a fallback."""
+    from transformers import T5Tokenizer
+    dialogues = world.dialogues("train", 5000, 3)
+    words = sorted({word for instructions, _, _ in dialogues for text in instructions for word in text.split()})
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+
+    # T5: pieces with their log-probabilities; a word as a whole is likelier than its letters
+    pieces = [("<pad>", 0.), ("</s>", 0.), ("<unk>", 0.), ("\u2581", -4.)]
+    pieces += [("\u2581" + word, -1.) for word in words]
+    pieces += [(letter, -8.) for letter in letters]
+    pieces += [(letter.upper(), -8.) for letter in letters]
+    t5 = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=14)
+    return build_clip_tokenizer(words, letters), t5
+
+
+def build_clip_tokenizer(words, letters):
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    # last letters are named here, else they are numbered by chance, and the merges with them
+    first_tokens = ["<|startoftext|>", "<|endoftext|>"] + [letter + "</w>" for letter in letters]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False,
+        special_tokens=first_tokens)
+    bpe.train_from_iterator(words * 3, trainer)
+    trained = json.loads(bpe.to_str())["model"]
+    merges = [tuple(pair) for pair in trained["merges"]]
+    return CLIPTokenizer(vocab=trained["vocab"], merges=merges, model_max_length=24)
+
+
+def build_text_encoders(clip_tokenizer, t5_tokenizer):
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+    clip = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(clip_tokenizer), max_position_embeddings=clip_tokenizer.model_max_length,
+        hidden_size=64, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4, projection_dim=64,
+        pad_token_id=clip_tokenizer.pad_token_id, bos_token_id=clip_tokenizer.bos_token_id,
+        eos_token_id=clip_tokenizer.eos_token_id))
+    t5 = T5EncoderModel(T5Config(
+        vocab_size=len(t5_tokenizer), d_model=64, d_kv=16, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.,
+        feed_forward_proj="gated-gelu", relative_attention_num_buckets=8, relative_attention_max_distance=16))
+    return clip, t5
+
+
+def build_pipeline(vae):
+    """The untrained editor: a FluxKontextPipeline with every part tiny."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
+    clip_tokenizer, t5_tokenizer = build_tokenizers()
+    torch.manual_seed(0)
+    clip, t5 = build_text_encoders(clip_tokenizer, t5_tokenizer)
+    transformer = FluxTransformer2DModel(
+        in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=32, num_attention_heads=4,
+        joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=False, axes_dims_rope=(8, 12, 12))
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3., use_dynamic_shifting=True, base_shift=.5, max_shift=1.15, base_image_seq_len=256,
+        max_image_seq_len=4096)
+    return FluxKontextPipeline(scheduler, vae, clip, clip_tokenizer, t5, t5_tokenizer, transformer)
+
+
+# -------------------------------------------------------------------------------------------------------------- flow
+
+@torch.no_grad()
+def encode_dialogues(pipe, n, work):
+    """Latents and token ids of n training dialogues, made once and kept on disk: every turn starts from a clean picture.
+
+    Returns z (n, 4, 9, 64) float16, packed and not normalised, CLIP's ids (n, 3, 24) and T5's (n, 3, 14).
+    """
+    cache = work / "latents.pt"
+    if cache.exists():
+        return torch.load(cache, weights_only=True)
+    z, texts = [], []
+    for start in tqdm(range(0, n, 100), desc="encode"):
+        batch = world.dialogues("train", min(100, n - start), 3, start=FIRST_DIALOGUE + start)
+        scenes = [scene for _, _, scenes in batch for scene in scenes]
+        with torch.autocast("cpu", torch.bfloat16):
+            latent = pipe.vae.encode(pixels(scenes)).latent_dist.mode().contiguous()
+        side = 2 * world.GRID                         # a cell is 2 x 2 latent pixels, one token
+        z.append(pipe._pack_latents(latent, len(latent), VAE["latent_channels"], side, side).half())
+        texts += [text for instructions, _, _ in batch for text in instructions]
+
+    ids = []
+    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        ids.append(tokens.input_ids.view(n, 3, -1))
+    data = (torch.cat(z).view(n, 4, 9, 64), *ids)
+    write_whole(cache, lambda file: torch.save(data, file))
+    return data
+
+
+def flow_loss(pipe, context, x_0, eps, t, clip_ids, t5_ids):
+    """Flow matching: the transformer at x_t should say v = eps - x_0. Latents (n, 9, 64), t (n,), token ids (n, L)."""
+    x_t = (1 - t)[:, None, None] * x_0 + t[:, None, None] * eps
+    ids = pipe._prepare_latent_image_ids(1, world.GRID, world.GRID, "cpu", torch.float32)
+    img_ids = torch.cat([ids, ids + torch.tensor([1., 0, 0])])      # the context's first id is 1, as in Kontext
+    v = pipe.transformer(
+        hidden_states=torch.cat([x_t, context], 1), timestep=t, img_ids=img_ids,
+        txt_ids=torch.zeros(t5_ids.shape[1], 3), pooled_projections=pipe.text_encoder(clip_ids).pooler_output,
+        encoder_hidden_states=pipe.text_encoder_2(t5_ids)[0], return_dict=False)[0]
+    return (v[:, :x_0.shape[1]] - (eps - x_0)).square().mean()
+
+
+def train_flow(work, vae, steps, batch=128, lr=2e-3):
+    """Flow matching on clean single edits, text encoders included; returns the pipeline with the averaged weights."""
+    pipe = build_pipeline(vae.eval().requires_grad_(False))
+    z, clip_ids, t5_ids = encode_dialogues(pipe, DIALOGUES, work)
+    sample = z[:2000].float()
+    vae.register_to_config(scaling_factor=1 / sample.std().item(), shift_factor=sample.mean().item())
+    z = (z.float() - vae.config.shift_factor) * vae.config.scaling_factor
+
+    models = {"transformer": pipe.transformer, "clip": pipe.text_encoder, "t5": pipe.text_encoder_2}
+    models = torch.nn.ModuleDict(models).requires_grad_(True).train()
+    params = dict(models.named_parameters())
+    hidden = [name for name, p in params.items() if "transformer_blocks" in name and p.ndim == 2 and "norm" not in name]
+    optimizers = muon_and_adamw(params, hidden, lr)
+    schedules = {f"{name} schedule": torch.optim.lr_scheduler.LambdaLR(o, lambda i: min((i + 1) / 100, 1))
+                 for name, o in optimizers.items()}
+    params = list(params.values())
+    generator = torch.Generator().manual_seed(0)
+    parts = {"models": models, **optimizers, **schedules}
+    saved = load_progress(work / "flow.pt", parts)
+    ema = saved.get("ema") or [p.detach().clone() for p in params]
+    if "generator" in saved:
+        generator.set_state(saved["generator"])
+
+    bar = tqdm(range(saved["step"], steps), initial=saved["step"], total=steps, desc="flow")
+    for step in bar:
+        row = torch.randint(len(z), (batch,), generator=generator)
+        turn = torch.randint(3, (batch,), generator=generator)
+        context, x_0 = z[row, turn], z[row, turn + 1]
+        eps = torch.randn(x_0.shape, generator=generator)
+        t = torch.sigmoid(torch.randn(batch, generator=generator) + .5)
+        loss = flow_loss(pipe, context, x_0, eps, t, clip_ids[row, turn], t5_ids[row, turn])
+
+        models.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1)
+        for part in (*optimizers.values(), *schedules.values()):
+            part.step()
+        torch._foreach_lerp_(ema, params, 1 - min(.99, (1 + step) / (10 + step)))
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss:.4f}")
+        if (step + 1) % 100 == 0:
+            save_progress(work / "flow.pt", step + 1, parts, ema=ema, generator=generator.get_state())
+    with torch.no_grad():
+        torch._foreach_copy_(params, ema)
+    return pipe
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "editor", help="folder of the finished editor")
+    parser.add_argument("--work", type=Path, default=Path("out/make_editor"), help="folder of checkpoints and latents")
+    parser.add_argument("--vae-steps", type=int, default=5000, help="steps of the VAE, 16 pictures each")
+    parser.add_argument("--flow-steps", type=int, default=660, help="steps of 128 edits; more make a better base")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    vae = train_vae(args.work, args.vae_steps)
+    print("VAE: scenes read back %.3f, cells %.4f, distance %.6f" % read_back(vae))
+    pipe = train_flow(args.work, vae, args.flow_steps)
+    pipe.to(torch.float16).save_pretrained(args.out)            # half the size; loaded as float32
+    minutes = (time.perf_counter() - start) / 60
+    print(f"{args.out} written after {minutes:.1f} minutes; python eval.py --model {args.out} measures it")
+
+
+if __name__ == "__main__":
+    run_main(main)
