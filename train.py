@@ -27,7 +27,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # before torch: threads that wait by spinning starve a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # before torch: threads that spin while they wait starve others
 
 import torch
 import torch.distributed as dist
@@ -42,10 +42,10 @@ from grpo import grpo_loss, sde_step
 from nft import nft_loss, noised, old_decay
 from rollout import draw_noise, rollout, select, timed
 
-WARMUP = 5                   # steps over which the learning rate rises: Adam's first steps move every weight by all of it
+WARMUP = 5                   # steps over which --lr is reached: Adam's first steps move every weight by all of it
 WEIGHT_DECAY, GRAD_NORM = 1e-4, 1.                # of AdamW(.9, .999); gradients are clipped to this norm
 MAX_FAILED = .5                                   # share of a step's turns that the judge may fail on
-MAX_SKIPPED, MAX_UNINFORMED = 10, 20              # updates with a gradient that is not finite, steps without information, in a row
+MAX_SKIPPED, MAX_UNINFORMED = 10, 20              # in a row: gradients that are not finite, steps without information
 RATIO_STOP, RATIO_WARN = .5, .02                  # how far from 1 the first ratio may be, as a share of --clip
 
 
@@ -75,9 +75,10 @@ class Config:
     lora: str = option("", "LoRA to start from: a file or folder in diffusers' layout; empty = a fresh one")
     lora_rank: int = option(64, "rank of a fresh LoRA; 0 = train the whole transformer", low=0)
     lora_alpha: int = option(64, "its scale is alpha / rank", above=0)
-    lora_targets: str = option("every", "which Linears get one: attention, all (the family's list), every, or ends of names")
+    lora_targets: str = option("every",
+                               "which Linears get one: attention, all (the family's list), every, or ends of names")
 
-    data: str = option("shapes", "'shapes' (the embedded world) or a JSONL file of dialogues", group="tasks and rollout")
+    data: str = option("shapes", "'shapes' (the embedded world), or a JSONL file of dialogues", group="the rollout")
     resolution: int = option(512, "pictures are scaled to an area of this squared, in pixels", low=16)
     tasks: int = option(24, "B, tasks in a step, over all processes", low=1)
     group: int = option(8, "G, samples per task", low=2)
@@ -104,11 +105,11 @@ class Config:
     reward_weights: str = option("", "one number for each reward, by commas; empty = the judge's own")
     min_std: float = option(.05, "a group with less spread in a reward teaches nothing about it", low=0, high=1)
 
-    updates: int = option(2, "optimizer steps per rollout, each on its own part of the tasks", low=1, group="the update")
+    updates: int = option(2, "optimizer steps per rollout, each on a part of the tasks", low=1, group="the update")
     lr: float = option(4e-4, "learning rate of AdamW", above=0)
     ema: float = option(.97, "decay of the averaged weights, which are evaluated and saved", low=0, high=1)
     kl: float = option(0., "weight of the KL term mean (v - v_ref)^2", low=0)
-    window: int = option(3, "W: GRPO's consecutive stochastic steps of a turn, or the times at which NFT takes its loss", low=1)
+    window: int = option(3, "W: GRPO's consecutive stochastic steps in a turn; times at which NFT takes a loss", low=1)
     train_steps: str = option("0-4", "first and last denoising step that may be trained; GRPO's last is T - 2 at most")
     step_kind: str = option("cps", "GRPO: stochastic step", ["cps", "sde"])
     eta: float = option(.8, "GRPO: noise level of the stochastic steps, at most 1 for cps", above=0)
@@ -124,9 +125,9 @@ REAL = dict(data="tasks.jsonl", judge="Qwen/Qwen2.5-VL-7B-Instruct", steps=300, 
 REAL_NFT = dict(lora_rank=32, lora_alpha=64, updates=1, shared_noise=False, kl=1e-4)
 KONTEXT = REAL | dict(model="black-forest-labs/FLUX.1-Kontext-dev", denoise=8, guidance=2.5)
 KLEIN = REAL | dict(model="black-forest-labs/FLUX.2-klein-base-9B", denoise=10)
-QWEN = REAL | dict(model="Qwen/Qwen-Image-Edit-2509", denoise=10, lora_targets="attention", tasks=16, micro=2, offload=True,
-                   judge="Qwen/Qwen2.5-VL-3B-Instruct")         # 7 B would not fit beside 20 B and the visiting text encoder
-ONE_GPU = dict(tasks=4, group=8, offload=True)     # the others are for eight: a step of theirs takes one GPU ten times as long
+QWEN = REAL | dict(model="Qwen/Qwen-Image-Edit-2509", denoise=10, lora_targets="attention", tasks=16, micro=2,
+                   offload=True, judge="Qwen/Qwen2.5-VL-3B-Instruct")   # 7 B would not fit beside the text encoder
+ONE_GPU = dict(tasks=4, group=8, offload=True)     # the others are for eight GPUs: one would take ten times as long
 PRESETS = {
     ("shapes", "grpo"): dict(),
     ("shapes", "nft"): dict(updates=3, beta=.2, window=2, train_steps="0-3", shared_noise=False),
@@ -139,158 +140,72 @@ PRESETS = {
     ("qwen", "nft"): QWEN | REAL_NFT | dict(guidance=1., train_steps="0-9"),
 }
 PRESETS |= {(f"{name}-1gpu", algo): values | ONE_GPU for (name, algo), values in PRESETS.items() if name != "shapes"}
-FREE = {"steps", "resume", "out", "save_every", "judge_workers"}                 # may differ on --resume
-
-# Where a flag has an effect. Given anywhere else it is refused: whoever typed it expects something of it.
-EFFECT = {
-    "step_kind": ("--algo grpo", lambda cfg: cfg.algo == "grpo"),
-    "eta": ("--algo grpo", lambda cfg: cfg.algo == "grpo"),
-    "clip": ("--algo grpo", lambda cfg: cfg.algo == "grpo"),
-    "beta": ("--algo nft", lambda cfg: cfg.algo == "nft"),
-    "lora_rank": ("a fresh LoRA, without --lora", lambda cfg: not cfg.lora),
-    "lora_alpha": ("a fresh LoRA, without --lora or --lora-rank 0", lambda cfg: not cfg.lora and cfg.lora_rank),
-    "lora_targets": ("a fresh LoRA, without --lora or --lora-rank 0", lambda cfg: not cfg.lora and cfg.lora_rank),
-    "resolution": ("--data FILE", lambda cfg: cfg.data != "shapes"),
-    "rubric": ("a vision-language model as --judge", lambda cfg: cfg.judge != "exact"),
-    "reasoning": ("a vision-language model as --judge", lambda cfg: cfg.judge != "exact"),
-    "votes": ("a vision-language model as --judge", lambda cfg: cfg.judge != "exact"),
-    "judge_workers": ("a vision-language model as --judge or --referee",
-                      lambda cfg: cfg.judge != "exact" or cfg.referee not in ("", "none", "exact")),
-    "offload": ("a GPU", lambda cfg: not cfg.offload or torch.cuda.is_available()),
-    "aggregate": ("--spread trajectory", lambda cfg: cfg.aggregate == "mean" or cfg.spread == "trajectory"),
-    "shared_noise": ("--algo grpo: with NFT all samples of a group would be equal",
-                     lambda cfg: cfg.algo == "grpo" or not cfg.shared_noise),
-}
 
 
-def truth(word):
-    """"true" or "false", from the command line."""
-    if word.lower() not in ("true", "false"):
-        raise ValueError(f"{word!r} is neither true nor false")
-    return word.lower() == "true"
+# ------------------------------------------------------------------------------------------------------------- the loop
 
+def main(cfg):
+    run = prepare(cfg)                                       # all that can be refused is refused in here
+    editor, judge, referee, share, device = run.editor, run.judge, run.referee, run.share, run.device
+    out, mine, streaks, stop = Path(cfg.out), torch.tensor(run.share.tasks), Counter(), 0
+    asked = [cfg.turns - 1] if cfg.aggregate == "whole" else range(cfg.turns)
+    progress = tqdm(range(run.done + 1, cfg.steps + 1), desc=cfg.algo, initial=run.done, total=cfg.steps,
+                    disable=share.rank > 0)
+    with interruptible() as caught:
+        for step in progress:
+            start, seconds, scores, seen = time.perf_counter(), {}, [], []
+            batch = choose(run.tasks_by_size, cfg.tasks, cfg.seed, step)
+            tasks = [batch[b] for b in share.tasks]
+            rows = [task for task in tasks for _ in range(cfg.group)]
 
-def flag(name):
-    return "--" + name.replace("_", "-")
+            def on_turn(k, images):
+                with timed(seconds, "judge_wait", device):
+                    scores.append(judge.start(rows, images, k) if k in asked else None)
+                    seen.append(referee.start(rows, images, k) if referee else None)
 
+            # 1. Roll out: K edits on the model's own outputs; turn k is judged while turn k+1 is sampled.
+            with editor.using("old"):
+                trajectory = rollout(
+                    editor, tasks, cfg.group, cfg.turns, cfg.denoise, (cfg.seed, step), stochastic_window(cfg, step),
+                    cfg.eta, cfg.step_kind, cfg.shared_noise, share.tasks, micro=share.micro, on_turn=on_turn)
 
-def describe(f):
-    """What --help says of a field: its sentence, default and bounds."""
-    words = {"low": "at least", "above": "greater than", "high": "at most"}
-    bounds = [f"{words[name]} {value:g}" for name, value in f.metadata["bounds"].items() if value is not None]
-    return f"{f.metadata['help']} ({', '.join([f'default: {f.default}', *bounds])})"
+            # 2. Judge: rewards of all processes (B, G, K, R); NaN = the judge failed.
+            with timed(seconds, "judge_wait", device):
+                r = gather(collect(scores, judge, cfg), share, device)
+                seen = gather(collect(seen, referee, cfg), share, device) if referee else None
+            check_judge(r, judge, cfg, step)
 
+            # 3. Advantages (B, G, K): every sample against the other samples of its own task.
+            A, used = advantages(r, run.weights, cfg.aggregate, cfg.fuse, cfg.spread, cfg.min_std)
 
-def parse(argv=None):
-    """Command line -> Config: flag > preset > default. ValueError for a flag that has no effect on what was chosen."""
-    parser = data.Parser(usage="train.py [--flag value ...]", description=__doc__,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser
-    for f in fields(Config):
-        if f.metadata["group"]:
-            group = parser.add_argument_group(f.metadata["group"])
-        if f.name == "resume":
-            group.add_argument(flag(f.name), action="store_true", default=None, help=f.metadata["help"])
-        elif f.type is bool:
-            group.add_argument(flag(f.name), type=truth, metavar="{true,false}", help=describe(f))
-        else:
-            choices = f.metadata["choices"]
-            group.add_argument(flag(f.name), type=f.type, choices=choices, help=describe(f), metavar=None if choices else "")
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+            # 4. Update: an optimizer step on each part of the tasks; the first is exactly on-policy.
+            with timed(seconds, "update", device):
+                A_rows, used_rows = A[mine].flatten(0, 1), used[mine].flatten(0, 1)
+                info = update(editor, trajectory, A_rows, used_rows, run.optimizer, cfg, step, share)
+            if cfg.algo == "grpo":
+                editor.copy_weights("old")
+            else:
+                editor.blend("old", old_decay(step * cfg.updates))
 
-    algo = given.get("algo", Config.algo)
-    preset = given.get("preset", Config.preset)
-    cfg = Config(**{**PRESETS[preset, algo], **given})
-    cfg.out = cfg.out or f"out/{algo}"
-    for name, (where, has_effect) in EFFECT.items():
-        if name in given and not has_effect(cfg):
-            raise ValueError(f"{flag(name)} {given[name]} has no effect here: it needs {where}")
-    return cfg
-
-
-def check(cfg):
-    """Refuse impossible or contradictory values, naming both."""
-    for f in fields(Config):
-        value, bounds = getattr(cfg, f.name), f.metadata["bounds"]
-        if f.type is float and not math.isfinite(value):
-            raise ValueError(f"{flag(f.name)} {value} must be a finite number")
-        low, above, high = bounds["low"], bounds["above"], bounds["high"]
-        if low is not None and value < low:
-            raise ValueError(f"{flag(f.name)} {value} must be at least {low:g}")
-        if above is not None and value <= above:
-            raise ValueError(f"{flag(f.name)} {value} must be greater than {above:g}")
-        if high is not None and value > high:
-            raise ValueError(f"{flag(f.name)} {value} must be at most {high:g}")
-
-    steps = trained_steps(cfg)
-    last = cfg.denoise - 2 if cfg.algo == "grpo" else cfg.denoise - 1
-    if not 0 <= steps.start < steps.stop <= last + 1:
-        raise ValueError(f"--train-steps {cfg.train_steps} must lie in order in 0 to {last} for --algo {cfg.algo} with "
-                         f"--denoise {cfg.denoise}")
-    if cfg.window > len(steps):
-        raise ValueError(f"--window {cfg.window} must be at most the {len(steps)} steps of --train-steps {cfg.train_steps}")
-    if cfg.algo == "grpo" and cfg.step_kind == "cps" and cfg.eta > 1:
-        raise ValueError(f"--eta {cfg.eta} must be at most 1 for --step-kind cps")
-    if cfg.aggregate == "whole" and cfg.spread != "trajectory":
-        raise ValueError(f"--aggregate whole gives all turns one score: --spread {cfg.spread} must be trajectory")
-    if cfg.referee and cfg.referee == cfg.judge:
-        raise ValueError(f"--referee {cfg.referee} is the --judge itself, which sees nothing else")
-
-
-def trained_steps(cfg):
-    """--train-steps FIRST-LAST as a range."""
-    first, _, last = cfg.train_steps.partition("-")
-    if not (first.isdecimal() and last.isdecimal()):
-        raise ValueError(f"--train-steps {cfg.train_steps!r} must be FIRST-LAST, such as {Config.train_steps}")
-    return range(int(first), int(last) + 1)
-
-
-class Share(NamedTuple):
-    """What this process does of a step."""
-    rank: int
-    world: int            # processes
-    tasks: list           # rows of its tasks in the step; an update has the same tasks on any number of processes
-    order: list           # rows of all tasks, process by process: the order in which `gather` brings them
-    rows: int             # rows s of an update
-    micro: int            # rows in one forward
-
-
-def divide(cfg, rank, world):
-    """Share the tasks of a step out among the processes. ValueError if they cannot be."""
-    if cfg.tasks % world:
-        raise ValueError(f"--tasks {cfg.tasks} is not divisible by {world} processes: whole groups live on one process")
-    local = cfg.tasks // world
-    if local % cfg.updates:
-        raise ValueError(f"--updates {cfg.updates} does not divide the {local} tasks of a process")
-    rows = local * cfg.group // cfg.updates
-    micro = cfg.micro or rows
-    if rows % micro:
-        raise ValueError(f"--micro {cfg.micro} does not divide the {rows} rows of an update ({local} tasks x {cfg.group} "
-                         f"samples / {cfg.updates} updates)")
-    parts = torch.arange(cfg.tasks).view(cfg.updates, world, -1).transpose(0, 1)     # (processes, updates, tasks of each)
-    return Share(rank, world, parts[rank].flatten().tolist(), parts.flatten().tolist(), rows, micro)
-
-
-def reward_weights(cfg, judge):
-    """--reward-weights as numbers, one for each reward of the judge."""
-    try:
-        weights = [float(w) for w in cfg.reward_weights.split(",")] if cfg.reward_weights else judge.weights
-    except ValueError:
-        raise ValueError(f"--reward-weights {cfg.reward_weights!r} must be numbers separated by commas") from None
-    if len(weights) != len(judge.names) or not any(weights) or not all(map(math.isfinite, weights)):
-        raise ValueError(f"--reward-weights {cfg.reward_weights!r} must be {len(judge.names)} finite numbers, not all 0: "
-                         f"one for each of {', '.join(judge.names)}")
-    return weights
+            # 5. Write down what happened; stop where going on makes no sense, or somebody asked for it.
+            stop = over_processes(caught[0] if caught else 0, share, device, dist.ReduceOp.MAX)
+            seconds |= trajectory.seconds | {"total": time.perf_counter() - start}
+            if share.rank == 0:
+                log(step_metrics(step, r, seen, A, used, info, seconds, run, cfg), out, progress)
+                if stop or step in (1, cfg.steps) or step % cfg.save_every == 0:
+                    sheet = out / "samples" / f"{step:06d}.png"
+                    draw_samples(tasks, trajectory.images, r[mine], A[mine], judge.names, sheet)
+                    save(editor, run.optimizer, step, out)
+            check_streaks(streaks, used, info, step, out)
+            if stop:
+                break
+    finish(run, cfg, step if stop else cfg.steps, stop)
 
 
 # ---------------------------------------------------------------------------------------------------- one training step
 
-class Stopped(ValueError):
-    """A run that cannot go on; its last checkpoint is intact."""
-
-
 def choose(tasks_by_size, B, seed, step):
-    """The B tasks of step 1, 2, ..., all of one picture size, as a pure function of (seed, step): resume needs no replay.
+    """The B tasks of step 1, 2, ..., all of one picture size; a pure function of (seed, step): resume needs no replay.
 
     tasks_by_size: {(height, width): tasks}. A size comes up as often as it has tasks; each has its own order, a new one
     every epoch. A size with fewer than B tasks fills the step with the beginning of its next epoch.
@@ -324,6 +239,14 @@ def stochastic_window(cfg, step):
     return range(first, first + cfg.window)
 
 
+def collect(futures, judge, cfg):
+    """A judge's answers on K turns -> r (tasks of this process, G, K, R), NaN where it was not asked (None)."""
+    said = [None if future is None else future.result() for future in futures]
+    asked = next(r for r in said if r is not None)
+    r = torch.stack([torch.full_like(asked, math.nan) if r is None else r for r in said], 1)
+    return r.view(-1, cfg.group, *r.shape[1:])
+
+
 def gather(x, share, device):
     """Concatenate the processes' tensors (local tasks, ...), in the order of the step's tasks; on the CPU."""
     if share.world > 1:
@@ -352,7 +275,7 @@ def add_kl(loss, info, editor, velocity, v, x, t, kl):
 
 
 def grpo_terms(editor, trajectory, rows, k, A, keys, cfg):
-    """GRPO's losses of some rows at turn k: replay the W stochastic steps -> W times loss (n,), info of (n,) tensors."""
+    """GRPO on some rows at turn k: replay the W stochastic steps -> W times (loss (n,), info of (n,) tensors)."""
     device, times = editor.device, trajectory.t.tolist()
     velocity = replay(editor, trajectory, rows, k)
     for j, i in enumerate(trajectory.window):
@@ -368,7 +291,7 @@ def grpo_terms(editor, trajectory, rows, k, A, keys, cfg):
 
 
 def nft_terms(editor, trajectory, rows, k, A, keys, cfg):
-    """NFT's losses of some rows at turn k, at W times of the rollout's grid -> W times loss (n,), info of (n,) tensors."""
+    """NFT on some rows at turn k, at W times of the rollout's grid -> W times (loss (n,), info of (n,) tensors)."""
     device, grid = editor.device, trajectory.t[trained_steps(cfg)]
     velocity = replay(editor, trajectory, rows, k)
     x_0 = trajectory.x[rows, k, 0].to(device)
@@ -456,26 +379,6 @@ def update(editor, trajectory, A, used, optimizer, cfg, step, share):
     return info | deviations | {"grad_norm": sum(norms) / max(1, len(norms)), "taken": len(norms), "skipped": skipped}
 
 
-def over_processes(x, share, device, op=dist.ReduceOp.SUM):
-    """The sum (or maximum) of a number over all processes, as a Python number."""
-    x = torch.as_tensor(x, device=device)
-    if share.world > 1:
-        dist.all_reduce(x, op)
-    return x.item()
-
-
-def check_ratio(largest, first, cfg, share):
-    """The largest |ratio - 1| of all processes. Before the first update it is 0, or rollout and update disagree."""
-    deviation = over_processes(largest, share, largest.device, dist.ReduceOp.MAX)
-    words = (f"ratio differs from 1 by {deviation:.1e} before the first update (--clip {cfg.clip:g}): rollout and update do "
-             "not compute the same log-probability (precision, weights or conditioning differ)")
-    if first and deviation > RATIO_STOP * cfg.clip:
-        raise Stopped(words)
-    if first and deviation > RATIO_WARN * cfg.clip and share.rank == 0:
-        tqdm.write(f"warning: {words}", file=sys.stderr)
-    return deviation
-
-
 def reduce_gradients(params, sums, share):
     """Sum the gradients over processes, and `sums` (n,) with them, in one flat all-reduce; returns the sums.
 
@@ -493,7 +396,27 @@ def reduce_gradients(params, sums, share):
     return sums
 
 
-# --------------------------------------------------------------------------------------------------------- bookkeeping
+def over_processes(x, share, device, op=dist.ReduceOp.SUM):
+    """The sum (or maximum) of a number over all processes, as a Python number."""
+    x = torch.as_tensor(x, device=device)
+    if share.world > 1:
+        dist.all_reduce(x, op)
+    return x.item()
+
+
+def check_ratio(largest, first, cfg, share):
+    """The largest |ratio - 1| of all processes. Before the first update it is 0, or rollout and update disagree."""
+    deviation = over_processes(largest, share, largest.device, dist.ReduceOp.MAX)
+    words = (f"ratio differs from 1 by {deviation:.1e} before the first update (--clip {cfg.clip:g}): rollout and "
+             "update do not compute the same log-probability (precision, weights or conditioning differ)")
+    if first and deviation > RATIO_STOP * cfg.clip:
+        raise Stopped(words)
+    if first and deviation > RATIO_WARN * cfg.clip and share.rank == 0:
+        tqdm.write(f"warning: {words}", file=sys.stderr)
+    return deviation
+
+
+# -------------------------------------------------------------------------------------------- what a step leaves behind
 
 def step_metrics(step, r, seen, A, used, info, seconds, run, cfg):
     """Rewards r (B, G, K, R), the referee's `seen` (B, G, K, ...) or None, and the rest of a step -> flat metrics.
@@ -529,8 +452,16 @@ def share_failed(r, cfg):
     return asked.isnan().any(-1).float().mean().item()
 
 
+def log(metrics, out, progress):
+    """Append a line to metrics.jsonl, and show the rewards beside the progress bar."""
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    rewards = {name.removeprefix("reward/"): value for name, value in metrics.items() if name.startswith("reward/")}
+    progress.set_postfix({name: f"{value:.3f}" for name, value in rewards.items() if value and "_turn" not in name})
+
+
 def draw_samples(tasks, images, r, A, names, path, n=4):
-    """Contact sheet of a step: for each of n tasks its best and its worst sample, with the rewards under each picture."""
+    """Contact sheet of a step: the best and the worst sample of n tasks, with the rewards under each picture."""
     G, rows = r.shape[1], []
     success = evaluation.successes(r, names)                                             # (B, G, K), NaN = not judged
     for b in range(min(n, len(tasks))):
@@ -545,28 +476,45 @@ def draw_samples(tasks, images, r, A, names, path, n=4):
     evaluation.contact_sheet(rows, path)
 
 
-def write_whole(path, write):
-    """Write a file by write(binary file); it appears whole or not at all, also after a power failure."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:             # torch.save raises RuntimeError on a full disk
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+class Stopped(ValueError):
+    """A run that cannot go on; its last checkpoint is intact."""
 
+
+def check_judge(r, judge, cfg, step):
+    """Stop a run whose judge has failed on too much of a step."""
+    failed = share_failed(r, cfg)
+    if failed > MAX_FAILED:
+        raise Stopped(f"step {step}: the judge failed on {failed:.0%} of the turns, more than {MAX_FAILED:.0%}"
+                      + (f"; its last words: {judge.last_failure}" if judge.last_failure else ""))
+
+
+def check_streaks(streaks, used, info, step, out):
+    """Count steps that taught nothing, and updates that were not taken, in a row; stop a run with too many of them."""
+    streaks["uninformed"] = 0 if used.any() else streaks["uninformed"] + 1
+    streaks["skipped"] = 0 if info["taken"] else streaks["skipped"] + info["skipped"]
+    last_good = f"the last checkpoint in {out / 'checkpoint'} is good"
+    if streaks["uninformed"] == 1:
+        tqdm.write(f"step {step}: no sample carried information (each group's scores are alike): the weights stay",
+                   file=sys.stderr)
+    if streaks["uninformed"] >= MAX_UNINFORMED:
+        raise Stopped(f"step {step}: no sample carried information in {MAX_UNINFORMED} steps in a row: look at "
+                      "samples/ and at group_std/* in metrics.jsonl (do the judge's scores vary? is --min-std above "
+                      f"their spread? is there noise?); {last_good}")
+    if streaks["skipped"] >= MAX_SKIPPED:
+        raise Stopped(f"step {step}: the gradient was not finite in {streaks['skipped']} updates in a row: lower --lr, "
+                      f"or look at the editor's weights; {last_good}")
+
+
+# -------------------------------------------------------------------------------------------------- the folder of a run
 
 def save(editor, optimizer, step, out):
     """Checkpoint of a step and LoRA; the last two checkpoints are kept."""
     folder = out / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_weights(editor, out, "ema")                   # first: a kill in between repeats steps and writes it again
+    model.save_weights(editor, out, "ema")               # first: a kill in between repeats steps and writes it again
     state = {"step": step, "policy": [p.data for p in editor.trained.values()], "sets": editor.sets,
              "optimizer": optimizer.state_dict()}
-    write_whole(folder / f"step_{step:06d}.pt", lambda file: torch.save(state, file))
+    model.write_whole(folder / f"step_{step:06d}.pt", lambda path: torch.save(state, path))
     for old in sorted(folder.glob("step_*.pt"))[:-2]:
         old.unlink()
 
@@ -582,7 +530,7 @@ def restore(editor, optimizer, out, say):
             editor.sets = state["sets"]
             return state["step"]
         except Exception as error:                           # torch raises many kinds for a file that is no checkpoint
-            say(f"{file} is damaged ({(str(error) or type(error).__name__).splitlines()[0]}): the one before it is used")
+            say(f"{file} is damaged ({model.first_line(error)}): the one before it is used")
     raise ValueError(f"--resume: no checkpoint in {out / 'checkpoint'} can be read; nothing was changed")
 
 
@@ -613,6 +561,9 @@ def check_out(cfg):
             raise ValueError(f"--resume: {out / 'checkpoint'} holds no checkpoint; nothing was changed")
 
 
+FREE = {"steps", "resume", "out", "save_every", "judge_workers"}                 # may differ on --resume
+
+
 def same_as_before(before, now, out):
     """ValueError if a run is to be resumed with another config, or other contents behind the same names."""
     changed = [f"{name} {before.get(name)!r} -> {value!r}" for name, value in now.items()
@@ -639,19 +590,20 @@ def open_run(cfg, judge, editor, optimizer):
             model.save_weights(editor, out, "ema")
         return done
     save(editor, optimizer, 0, out)                          # so that a run can be resumed whenever it was killed
-    write_whole(out / "config.json", lambda file: file.write(json.dumps(asdict(cfg) | contents, indent=1).encode()))
+    config = json.dumps(asdict(cfg) | contents, indent=1)
+    model.write_whole(out / "config.json", lambda path: path.write_text(config))
     return 0
 
 
 def keep_lines(path, n):
-    """Keep the first n lines of metrics.jsonl: a run killed between checkpoints repeats the steps after the last one."""
+    """Keep the first n lines of metrics.jsonl: a run killed between checkpoints repeats the steps after the last."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    write_whole(path, lambda file: file.writelines(lines[:n]))
+    model.write_whole(path, lambda new: new.write_bytes(b"".join(lines[:n])))
 
 
 @contextmanager
 def interruptible():
-    """Note SIGINT and SIGTERM in a list, so that the step is finished and saved; a second one ends the process at once."""
+    """Note SIGINT and SIGTERM in a list, so that the step is finished and saved; a second one ends the run at once."""
     caught = []
 
     def note(number, frame):
@@ -666,7 +618,61 @@ def interruptible():
             signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
+def closing_table(editor, judge, val, cfg):
+    """Base against tuned on the validation tasks, same noise: validation.json, a contact sheet, a table."""
+    out, arms = Path(cfg.out), {}
+    before = "start" if cfg.lora else "base"                 # with --lora, training did not start from the base
+    for arm, name in ((before, "ref"), ("tuned", "ema")):
+        with editor.using(name):
+            arms[arm] = evaluation.evaluate(editor, judge, val, cfg.turns, cfg.eval_denoise, batch=cfg.micro or 100,
+                                            desc=f"validate {arm}")
+    result = evaluation.summarise(arms, val)
+    (out / "validation.json").write_text(json.dumps(result, indent=1, allow_nan=False))
+    evaluation.draw_arms(arms, val, out / "samples" / "validation.png")
+    print(f"{len(val)} validation tasks, T = {cfg.eval_denoise}\n{evaluation.table(result)}")
+
+
+def finish(run, cfg, step, stop):
+    """The closing table and a last line; or, after a signal, how to go on."""
+    if run.val and not stop:
+        closing_table(run.editor, run.referee or run.judge, run.val, cfg)
+    if run.share.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if run.share.rank == 0:
+        print(f"stopped by {signal.Signals(stop).name} after step {step}, which is saved: continue with --resume"
+              if stop else f"written: {cfg.out}/ (LoRA, metrics.jsonl, samples/)")
+    if stop:
+        sys.exit(128 + stop)
+
+
+# ------------------------------------------------------------------------------------------------ before the first step
+
+class Share(NamedTuple):
+    """What this process does of a step."""
+    rank: int
+    world: int            # processes
+    tasks: list           # rows of its tasks in the step; an update has the same tasks on any number of processes
+    order: list           # rows of all tasks, process by process: the order in which `gather` brings them
+    rows: int             # rows s of an update
+    micro: int            # rows in one forward
+
+
+def divide(cfg, rank, world):
+    """Share the tasks of a step out among the processes. ValueError if they cannot be."""
+    if cfg.tasks % world:
+        raise ValueError(f"--tasks {cfg.tasks} is not divisible by {world} processes: whole groups live on one process")
+    local = cfg.tasks // world
+    if local % cfg.updates:
+        raise ValueError(f"--updates {cfg.updates} does not divide the {local} tasks of a process")
+    rows = local * cfg.group // cfg.updates
+    micro = cfg.micro or rows
+    if rows % micro:
+        raise ValueError(f"--micro {cfg.micro} does not divide the {rows} rows of an update ({local} tasks x "
+                         f"{cfg.group} samples / {cfg.updates} updates)")
+    parts = torch.arange(cfg.tasks).view(cfg.updates, world, -1).transpose(0, 1)   # (processes, updates, tasks of each)
+    return Share(rank, world, parts[rank].flatten().tolist(), parts.flatten().tolist(), rows, micro)
+
 
 def start_processes():
     """(rank, number of processes, device) of this process."""
@@ -713,6 +719,18 @@ def load_judges(cfg, device, tasks):
     return judge, referee
 
 
+def reward_weights(cfg, judge):
+    """--reward-weights as numbers, one for each reward of the judge."""
+    try:
+        weights = [float(w) for w in cfg.reward_weights.split(",")] if cfg.reward_weights else judge.weights
+    except ValueError:
+        raise ValueError(f"--reward-weights {cfg.reward_weights!r} must be numbers separated by commas") from None
+    if len(weights) != len(judge.names) or not any(weights) or not all(map(math.isfinite, weights)):
+        raise ValueError(f"--reward-weights {cfg.reward_weights!r} must be {len(judge.names)} finite numbers, not all "
+                         f"0: one for each of {', '.join(judge.names)}")
+    return weights
+
+
 def load_editor(cfg, device, sizes):
     """The editor with what is trained of it, and its optimizer."""
     editor = model.load(cfg.model, device, guidance=cfg.guidance, offload=cfg.offload)
@@ -734,50 +752,12 @@ def announce(cfg, share, editor, tasks_by_size):
     print(f"{cfg.algo}: {cfg.tasks} tasks x {cfg.group} samples x {cfg.turns} turns x {cfg.denoise} denoising steps on "
           f"{share.world} process{'es' * (share.world > 1)} ({editor.device.type}); {cfg.updates} "
           f"update{'s' * (cfg.updates > 1)} of {share.rows} rows a process, {share.micro} in a forward")
-    print(f"trained: {f'LoRA of {linears} Linears' if linears else 'the whole transformer'}, {trained:.2f} M parameters "
-          f"-> {cfg.out}")
+    what = f"LoRA of {linears} Linears" if linears else "the whole transformer"
+    print(f"trained: {what}, {trained:.2f} M parameters -> {cfg.out}")
     print(f"not the defaults (preset {cfg.preset}, {cfg.algo}): {' '.join(others) or 'nothing'}")
     counts = sorted(((len(tasks), size) for size, tasks in tasks_by_size.items()), reverse=True)
-    print("pictures, height x width: " + ", ".join(f"{n} of {height} x {width}" for n, (height, width) in counts), flush=True)
-
-
-def closing_table(editor, judge, val, cfg):
-    """Base against tuned on the validation tasks, same noise: validation.json, a contact sheet, a table."""
-    out, arms = Path(cfg.out), {}
-    before = "start" if cfg.lora else "base"                 # with --lora, training did not start from the base
-    for arm, name in ((before, "ref"), ("tuned", "ema")):
-        with editor.using(name):
-            arms[arm] = evaluation.evaluate(editor, judge, val, cfg.turns, cfg.eval_denoise, batch=cfg.micro or 100,
-                                            desc=f"validate {arm}")
-    result = evaluation.summarise(arms, val)
-    (out / "validation.json").write_text(json.dumps(result, indent=1, allow_nan=False))
-    evaluation.draw_arms(arms, val, out / "samples" / "validation.png")
-    print(f"{len(val)} validation tasks, T = {cfg.eval_denoise}\n{evaluation.table(result)}")
-
-
-def check_judge(r, judge, cfg, step):
-    """Stop a run whose judge has failed on too much of a step."""
-    failed = share_failed(r, cfg)
-    if failed > MAX_FAILED:
-        raise Stopped(f"step {step}: the judge failed on {failed:.0%} of the turns, more than {MAX_FAILED:.0%}"
-                      + (f"; its last words: {judge.last_failure}" if judge.last_failure else ""))
-
-
-def check_streaks(streaks, used, info, step, out):
-    """Count steps that taught nothing, and updates that were not taken, in a row; stop a run with too many of them."""
-    streaks["uninformed"] = 0 if used.any() else streaks["uninformed"] + 1
-    streaks["skipped"] = 0 if info["taken"] else streaks["skipped"] + info["skipped"]
-    last_good = f"the last checkpoint in {out / 'checkpoint'} is good"
-    if streaks["uninformed"] == 1:
-        tqdm.write(f"step {step}: no sample carried information (each group's scores are alike): the weights stay",
-                   file=sys.stderr)
-    if streaks["uninformed"] >= MAX_UNINFORMED:
-        raise Stopped(f"step {step}: no sample carried information in {MAX_UNINFORMED} steps in a row: look at samples/, "
-                      "and at reward/* and group_std/* in metrics.jsonl (do the judge's scores vary? is --min-std above "
-                      f"their spread? is there noise?); {last_good}")
-    if streaks["skipped"] >= MAX_SKIPPED:
-        raise Stopped(f"step {step}: the gradient was not finite in {streaks['skipped']} updates in a row: lower --lr, or "
-                      f"look at the editor's weights; {last_good}")
+    sizes = ", ".join(f"{n} of {height} x {width}" for n, (height, width) in counts)
+    print(f"pictures, height x width: {sizes}", flush=True)
 
 
 class Run(NamedTuple):
@@ -817,82 +797,111 @@ def prepare(cfg):
     return Run(share, device, judge, referee, weights, tasks_by_size, val, editor, optimizer, done)
 
 
-def collect(futures, judge, G, rows):
-    """What a judge said of K turns of S rows -> r (S // G, G, K, R), NaN where it was not asked (None)."""
-    unasked = torch.full((rows, len(judge.names)), math.nan)
-    r = torch.stack([unasked if future is None else future.result() for future in futures], 1)
-    return r.view(-1, G, *r.shape[1:])
+# ----------------------------------------------------------------------------------------------------- the command line
+
+# Where a flag has an effect. Given anywhere else it is refused: whoever typed it expects something of it.
+EFFECT = {
+    "step_kind": ("--algo grpo", lambda cfg: cfg.algo == "grpo"),
+    "eta": ("--algo grpo", lambda cfg: cfg.algo == "grpo"),
+    "clip": ("--algo grpo", lambda cfg: cfg.algo == "grpo"),
+    "beta": ("--algo nft", lambda cfg: cfg.algo == "nft"),
+    "lora_rank": ("a fresh LoRA, without --lora", lambda cfg: not cfg.lora),
+    "lora_alpha": ("a fresh LoRA, without --lora or --lora-rank 0", lambda cfg: not cfg.lora and cfg.lora_rank),
+    "lora_targets": ("a fresh LoRA, without --lora or --lora-rank 0", lambda cfg: not cfg.lora and cfg.lora_rank),
+    "resolution": ("--data FILE", lambda cfg: cfg.data != "shapes"),
+    "rubric": ("a vision-language model as --judge", lambda cfg: cfg.judge != "exact"),
+    "reasoning": ("a vision-language model as --judge", lambda cfg: cfg.judge != "exact"),
+    "votes": ("a vision-language model as --judge", lambda cfg: cfg.judge != "exact"),
+    "judge_workers": ("a vision-language model as --judge or --referee",
+                      lambda cfg: cfg.judge != "exact" or cfg.referee not in ("", "none", "exact")),
+    "offload": ("a GPU", lambda cfg: not cfg.offload or torch.cuda.is_available()),
+    "aggregate": ("--spread trajectory", lambda cfg: cfg.aggregate == "mean" or cfg.spread == "trajectory"),
+    "shared_noise": ("--algo grpo: with NFT all samples of a group would be equal",
+                     lambda cfg: cfg.algo == "grpo" or not cfg.shared_noise),
+}
 
 
-def main(cfg):
-    run = prepare(cfg)
-    share, device, judge, referee, editor = run.share, run.device, run.judge, run.referee, run.editor
-    asked = [cfg.turns - 1] if cfg.aggregate == "whole" else range(cfg.turns)
-    out, mine, streaks, stop = Path(cfg.out), torch.tensor(share.tasks), {"uninformed": 0, "skipped": 0}, 0
-    progress = tqdm(range(run.done + 1, cfg.steps + 1), initial=run.done, total=cfg.steps, desc=cfg.algo,
-                    disable=share.rank > 0)
-    with interruptible() as caught:
-        for step in progress:
-            start, seconds, scores, seen = time.perf_counter(), {}, [], []
-            batch = choose(run.tasks_by_size, cfg.tasks, cfg.seed, step)
-            tasks = [batch[b] for b in share.tasks]
-            rows = [task for task in tasks for _ in range(cfg.group)]                # of each sample s
+def truth(word):
+    """"true" or "false", from the command line."""
+    if word.lower() not in ("true", "false"):
+        raise ValueError(f"{word!r} is neither true nor false")
+    return word.lower() == "true"
 
-            def on_turn(k, images):
-                with timed(seconds, "judge_wait", device):
-                    scores.append(judge.start(rows, images, k) if k in asked else None)
-                    seen.append(referee.start(rows, images, k) if referee else None)
 
-            # 1. Roll out: K edits on the model's own outputs; turn k is judged while turn k+1 is sampled.
-            with editor.using("old"):
-                trajectory = rollout(
-                    editor, tasks, cfg.group, cfg.turns, cfg.denoise, (cfg.seed, step), stochastic_window(cfg, step),
-                    cfg.eta, cfg.step_kind, cfg.shared_noise, share.tasks, micro=share.micro, on_turn=on_turn)
+def flag(name):
+    return "--" + name.replace("_", "-")
 
-            # 2. Judge: rewards of all processes (B, G, K, R); NaN = the judge failed.
-            with timed(seconds, "judge_wait", device):
-                r = gather(collect(scores, judge, cfg.group, len(rows)), share, device)
-                seen = gather(collect(seen, referee, cfg.group, len(rows)), share, device) if referee else None
-            check_judge(r, judge, cfg, step)
 
-            # 3. Advantages (B, G, K): every sample against the other samples of its own task.
-            A, used = advantages(r, run.weights, cfg.aggregate, cfg.fuse, cfg.spread, cfg.min_std)
+def describe(f):
+    """What --help says of a field: its sentence, default and bounds."""
+    words = {"low": "at least", "above": "greater than", "high": "at most"}
+    bounds = [f"{words[name]} {value:g}" for name, value in f.metadata["bounds"].items() if value is not None]
+    return f"{f.metadata['help']} ({', '.join([f'default: {f.default}', *bounds])})"
 
-            # 4. Update: an optimizer step on each part of the tasks; the first is exactly on-policy.
-            with timed(seconds, "update", device):
-                info = update(editor, trajectory, A[mine].flatten(0, 1), used[mine].flatten(0, 1), run.optimizer, cfg,
-                              step, share)
-            if cfg.algo == "grpo":
-                editor.copy_weights("old")
-            else:
-                editor.blend("old", old_decay(step * cfg.updates))
 
-            # 5. Write down what happened; stop where it makes no sense to go on, or where somebody asked for it.
-            seconds |= trajectory.seconds | {"total": time.perf_counter() - start}
-            stop = over_processes(caught[0] if caught else 0, share, device, dist.ReduceOp.MAX)
-            if share.rank == 0:
-                metrics = step_metrics(step, r, seen, A, used, info, seconds, run, cfg)
-                with open(out / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(metrics) + "\n")
-                progress.set_postfix({name: metrics[f"reward/{name}"] for name in judge.names})
-                if step in (1, cfg.steps) or step % cfg.save_every == 0 or stop:
-                    draw_samples(tasks, trajectory.images, r[mine], A[mine], judge.names, out / "samples" / f"{step:06d}.png")
-                    save(editor, run.optimizer, step, out)
-            check_streaks(streaks, used, info, step, out)
-            if stop:
-                break
+def parse(argv=None):
+    """Command line -> Config: flag > preset > default. ValueError for a flag that has no effect on what was chosen."""
+    parser = data.Parser(usage="train.py [--flag value ...]", description=__doc__,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser
+    for f in fields(Config):
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        if f.name == "resume":
+            group.add_argument(flag(f.name), action="store_true", default=None, help=f.metadata["help"])
+        elif f.type is bool:
+            group.add_argument(flag(f.name), type=truth, metavar="{true,false}", help=describe(f))
+        else:
+            choices, metavar = f.metadata["choices"], None if f.metadata["choices"] else ""
+            group.add_argument(flag(f.name), type=f.type, choices=choices, metavar=metavar, help=describe(f))
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
 
-    if stop and share.rank == 0:
-        print(f"stopped by {signal.Signals(stop).name} after step {step}, which is saved: --resume goes on", file=sys.stderr)
-    if run.val and not stop:
-        closing_table(editor, referee or judge, run.val, cfg)
-    if share.world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if stop:
-        sys.exit(128 + stop)
-    if share.rank == 0:
-        print(f"written: {out}/ (LoRA, metrics.jsonl, samples/)")
+    algo = given.get("algo", Config.algo)
+    preset = given.get("preset", Config.preset)
+    cfg = Config(**{**PRESETS[preset, algo], **given})
+    cfg.out = cfg.out or f"out/{algo}"
+    for name, (where, has_effect) in EFFECT.items():
+        if name in given and not has_effect(cfg):
+            raise ValueError(f"{flag(name)} {given[name]} has no effect here: it needs {where}")
+    return cfg
+
+
+def trained_steps(cfg):
+    """--train-steps FIRST-LAST as a range."""
+    first, _, last = cfg.train_steps.partition("-")
+    if not (first.isdecimal() and last.isdecimal()):
+        raise ValueError(f"--train-steps {cfg.train_steps!r} must be FIRST-LAST, such as {Config.train_steps}")
+    return range(int(first), int(last) + 1)
+
+
+def check(cfg):
+    """Refuse impossible or contradictory values, naming both."""
+    for f in fields(Config):
+        value, bounds = getattr(cfg, f.name), f.metadata["bounds"]
+        if f.type is float and not math.isfinite(value):
+            raise ValueError(f"{flag(f.name)} {value} must be a finite number")
+        low, above, high = bounds["low"], bounds["above"], bounds["high"]
+        if low is not None and value < low:
+            raise ValueError(f"{flag(f.name)} {value} must be at least {low:g}")
+        if above is not None and value <= above:
+            raise ValueError(f"{flag(f.name)} {value} must be greater than {above:g}")
+        if high is not None and value > high:
+            raise ValueError(f"{flag(f.name)} {value} must be at most {high:g}")
+
+    steps = trained_steps(cfg)
+    last = cfg.denoise - 2 if cfg.algo == "grpo" else cfg.denoise - 1
+    if not 0 <= steps.start < steps.stop <= last + 1:
+        raise ValueError(f"--train-steps {cfg.train_steps} must lie in order in 0 to {last} for --algo {cfg.algo} with "
+                         f"--denoise {cfg.denoise}")
+    if cfg.window > len(steps):
+        raise ValueError(f"--window {cfg.window} must be at most the {len(steps)} steps of --train-steps "
+                         f"{cfg.train_steps}")
+    if cfg.algo == "grpo" and cfg.step_kind == "cps" and cfg.eta > 1:
+        raise ValueError(f"--eta {cfg.eta} must be at most 1 for --step-kind cps")
+    if cfg.aggregate == "whole" and cfg.spread != "trajectory":
+        raise ValueError(f"--aggregate whole gives all turns one score: --spread {cfg.spread} must be trajectory")
+    if cfg.referee and cfg.referee == cfg.judge:
+        raise ValueError(f"--referee {cfg.referee} is the --judge itself, which sees nothing else")
 
 
 if __name__ == "__main__":

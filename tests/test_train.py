@@ -1,9 +1,11 @@
 """train.py: gradients by longhand, exact resume, processes that agree, every impossible wish refused in one line."""
 import dataclasses
 import json
+import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -682,6 +684,143 @@ def test_too_many_failures_stop_the_run_and_leave_the_checkpoint(tmp_path, judge
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
+# ------------------------------------------------------------------------------------- runs that cannot go on, or must stop
+
+def constant(r, tasks, k):
+    return torch.full_like(r, .5)
+
+
+def test_steps_that_teach_nothing_say_so_and_stop_the_run_in_the_end(tmp_path, judge, monkeypatch, capsys):
+    """Catches: hours of training on a judge that gives everything the same score, ended with exit code 0 and no word."""
+    monkeypatch.setattr(train, "MAX_UNINFORMED", 3)
+    judge.edit = constant
+    code, _, err = run_script("train.py", *flags(tmp_path, steps=5))
+    assert code == 2 and err.count("no sample carried information (each group") == 1
+    assert re.search("no sample carried information in 3 steps in a row.*--min-std.*checkpoint", err.splitlines()[-1])
+    rows, start = metrics(tmp_path), state(tmp_path)
+    assert [row["advantage/used"] for row in rows] == [0, 0, 0] and rows[0]["teaches/following"] == 0
+    assert all(torch.equal(p, v) for p, v in zip(start["policy"], start["sets"]["ref"]))
+
+
+def test_gradients_that_are_not_finite_stop_the_run_in_the_end(tmp_path, judge, monkeypatch):
+    """Catches: a run that skips every update for ever; NaN in a checkpoint."""
+    monkeypatch.setattr(train, "MAX_SKIPPED", 4)
+    monkeypatch.setattr(train, "grpo_loss", lambda logp, *_: (logp * math.nan, {"ratio": logp * 0 + 1, "clip_fraction": logp * 0}))
+    code, _, err = run_script_patched(train, tmp_path)
+    assert code == 2 and re.search("the gradient was not finite in 4 updates in a row.*checkpoint", err)
+    assert [row["update/skipped"] for row in metrics(tmp_path)] == [2, 2]
+    assert metrics(tmp_path)[0]["update/loss"] == 0
+    assert all(p.isfinite().all() for p in flatten(state(tmp_path)) if isinstance(p, torch.Tensor))
+
+
+def run_script_patched(module, out, **changes):
+    """train.main as it is patched (a script run by its path would be another module) -> (exit code, None, last line)."""
+    try:
+        module.main(config(out, steps=5, **changes))
+    except ValueError as error:
+        return 2, None, str(error)
+    return 0, None, ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_and_resume_goes_on(number, tmp_path, judge, capsys):
+    """Catches: steps lost to Ctrl-C or to a scheduler's SIGTERM; a traceback; another end than without the pause."""
+    train.main(config(tmp_path / "a", steps=3))
+
+    def edit(r, tasks, k):
+        if len(judge.calls) == K * 3 + K + 1:                      # in the second step of the second run
+            os.kill(os.getpid(), number)
+        return r
+    judge.edit = edit
+    with pytest.raises(SystemExit) as stop:
+        train.main(config(tmp_path / "b", steps=3))
+    assert stop.value.code == 128 + number
+    assert f"stopped by {number.name} after step 2" in capsys.readouterr().out
+    assert state(tmp_path / "b")["step"] == len(metrics(tmp_path / "b")) == 2
+    judge.edit = None
+    train.main(config(tmp_path / "b", steps=3, resume=True))
+    assert state(tmp_path / "b")["step"] == 3
+    assert (tmp_path / "a" / model.LORA_FILE).read_bytes() == (tmp_path / "b" / model.LORA_FILE).read_bytes()
+    assert without_seconds(metrics(tmp_path / "a")) == without_seconds(metrics(tmp_path / "b"))
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path, judge, capsys):
+    """Catches: a traceback of torch.load, or a run that starts again at step 0 without a word."""
+    train.main(config(tmp_path / "a", steps=4, save_every=1))
+    train.main(config(tmp_path / "b", steps=3, save_every=1))
+    newest, before = sorted((tmp_path / "b" / "checkpoint").glob("step_*.pt"), reverse=True)
+    assert (newest.name, before.name) == ("step_000003.pt", "step_000002.pt")
+    newest.write_bytes(newest.read_bytes()[:-5000])
+    train.main(config(tmp_path / "b", steps=4, save_every=1, resume=True))
+    assert "step_000003.pt is damaged" in capsys.readouterr().err
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+    for file in (tmp_path / "b" / "checkpoint").glob("step_*.pt"):
+        file.write_bytes(b"garbage")
+    rows = metrics(tmp_path / "b")
+    with pytest.raises(ValueError, match="no checkpoint .* can be read"):
+        train.main(config(tmp_path / "b", steps=5, save_every=1, resume=True))
+    for file in (tmp_path / "b" / "checkpoint").glob("step_*.pt"):
+        file.unlink()
+    before = digest(tmp_path)
+    assert "holds no checkpoint" in refused("train.py", *flags(tmp_path / "b", steps=5, save_every=1, resume=True))
+    assert digest(tmp_path) == before and metrics(tmp_path / "b") == rows
+
+
+def test_a_lora_that_is_gone_is_written_again(tmp_path, judge):
+    """Catches: a finished run that says "written" of a file that is not there."""
+    train.main(config(tmp_path, steps=1))
+    lora = (tmp_path / model.LORA_FILE).read_bytes()
+    (tmp_path / model.LORA_FILE).unlink()
+    train.main(config(tmp_path, steps=1, resume=True))
+    assert (tmp_path / model.LORA_FILE).read_bytes() == lora
+
+
+def test_a_run_is_not_resumed_with_other_contents_behind_the_same_names(tmp_path, judge):
+    """Catches: instructions, a rubric or a LoRA changed in place between two halves of one run."""
+    Image.effect_noise((48, 48), 90).convert("RGB").save(tmp_path / "a.png")
+    (tmp_path / "tasks.jsonl").write_text(PICTURE * 6)
+    options = dict(data=tmp_path / "tasks.jsonl", resolution=48)
+    train.main(config(tmp_path / "run", steps=1, **options))
+    before = digest(tmp_path / "run")
+    (tmp_path / "tasks.jsonl").write_text(PICTURE.replace("ring", "star") * 6)
+    with pytest.raises(ValueError, match="another config: content_of_data '.*' -> '.*'"):
+        train.main(config(tmp_path / "run", steps=2, resume=True, **options))
+    (tmp_path / "tasks.jsonl").write_text(PICTURE * 6)
+    judge.fingerprint = "other prompts"
+    with pytest.raises(ValueError, match="another config: content_of_judge 'colours' -> 'other prompts'"):
+        train.main(config(tmp_path / "run", steps=2, resume=True, **options))
+    assert digest(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("damage", ["[1, 2]", "{", "null"])
+def test_a_config_that_is_none_is_refused_in_one_line(damage, tmp_path, judge):
+    """Catches: a traceback for a file that somebody edited."""
+    train.main(config(tmp_path / "run", steps=1))
+    (tmp_path / "run" / "config.json").write_text(damage)
+    assert "config.json" in refused("train.py", *flags(tmp_path / "run", steps=2, resume=True))
+
+
+def test_an_out_that_cannot_be_used_is_refused_in_one_line(tmp_path):
+    """Catches: minutes of loading before a traceback says that --out is a file, or lies in one."""
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert re.search("--out .*file.* no folder that can be written", refused("train.py", *flags(out)))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_first_ratio_near_1_is_a_warning_and_far_from_it_the_end(capsys):
+    """Catches: a run on a GPU stopped by one rounding step whatever --clip is, or a mismatch that nobody sees."""
+    cfg, share = config(clip=1e-3), alone(B * G)
+    assert train.check_ratio(torch.tensor(1e-6), True, cfg, share) == pytest.approx(1e-6)
+    assert not capsys.readouterr().err
+    train.check_ratio(torch.tensor(1e-4), True, cfg, share)
+    assert "warning: ratio differs from 1 by 1.0e-04" in capsys.readouterr().err
+    train.check_ratio(torch.tensor(.9), False, cfg, share)                     # later updates are off-policy
+    with pytest.raises(train.Stopped, match="ratio differs from 1 by 6.0e-04"):
+        train.check_ratio(torch.tensor(6e-4), True, cfg, share)
+
+
 # ------------------------------------------------------------------------------------------------------------ the flags
 
 def test_every_field_has_help_and_help_lists_its_default(monkeypatch):
@@ -759,6 +898,34 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(case, tmp_path)
     changes, words = IMPOSSIBLE[case]
     line = refused("train.py", *flags(tmp_path / "run", **changes))
     assert re.search(words, line), line
+    assert not (tmp_path / "run").exists()
+
+
+IDLE = {      # flags without an effect on what was chosen, what the one line must name
+    "eta": ("nft", dict(eta=.5), "--eta 0.5 .*--algo grpo"),
+    "clip": ("nft", dict(clip=.1), "--clip 0.1 .*--algo grpo"),
+    "step kind": ("nft", dict(step_kind="sde"), "--step-kind sde .*--algo grpo"),
+    "beta": ("grpo", dict(beta=.5), "--beta 0.5 .*--algo nft"),
+    "rank of a given LoRA": ("grpo", dict(lora="x", lora_alpha=None), "--lora-rank 4 .*--lora"),
+    "alpha of a given LoRA": ("grpo", dict(lora="x", lora_rank=None), "--lora-alpha 8 .*--lora"),
+    "targets of a given LoRA": ("grpo", dict(lora="x", lora_rank=None, lora_alpha=None, lora_targets="all"), "--lora-targets all"),
+    "alpha of no LoRA": ("grpo", dict(lora_rank=0), "--lora-alpha 8 .*--lora-rank 0"),
+    "targets of no LoRA": ("grpo", dict(lora_rank=0, lora_alpha=None, lora_targets="all"), "--lora-targets all .*--lora-rank 0"),
+    "resolution of shapes": ("grpo", dict(resolution=64), "--resolution 64 .*--data"),
+    "workers of the exact judge": ("grpo", dict(judge_workers=2), "--judge-workers 2 .*--judge"),
+    "rubric of the exact judge": ("grpo", dict(rubric="x"), "--rubric x .*--judge"),
+    "offload": ("grpo", dict(offload="true"), "--offload True .*GPU"),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_a_flag_without_an_effect_is_refused(case, tmp_path):
+    """Catches: a choice taken in silence and then ignored."""
+    algo, changes, words = IDLE[case]
+    if case == "offload" and torch.cuda.is_available():
+        pytest.skip("has an effect on a GPU")
+    line = refused("train.py", *flags(tmp_path / "run", algo, **changes))
+    assert re.search(words, line) and "no effect" in line, line
     assert not (tmp_path / "run").exists()
 
 
