@@ -230,12 +230,16 @@ NOISE = .002      # temperature of a reading: mean squared error per pixel (valu
 SMEARED = .012    # a cell further than this from everything it could be is unreadable
 
 
-def read(pictures):
-    """Read pictures (n, 48, 48, 3) uint8 symbolically, by the nearest cell there can be.
+class Reading(NamedTuple):
+    """What pictures show, cell by cell."""
+    background: np.ndarray           # (n,) which one, -1 = unreadable
+    contents: np.ndarray             # (n, 9) what is in the cells, -1 = unreadable
+    distance: np.ndarray             # (n, 9, 109) mean squared distance of a cell to every content, values in [0, 1]
+    background_belief: np.ndarray    # (n, 6) in each background, times how sharp the picture is
 
-    Returns background (n,) and contents (n, 9), both with -1 = unreadable, and the mean squared distance of every cell to every
-    content on the nearest background (n, 9, 109), values in [0, 1], with the belief in each background times how sharp it is (n, 6).
-    """
+
+def read(pictures):
+    """Read pictures (n, 48, 48, 3) uint8 symbolically, by the nearest cell there can be on the nearest background."""
     pictures = np.asarray(pictures)
     if pictures.shape[1:] != (SIZE, SIZE, 3):
         raise ValueError(f"the exact judge reads pictures of {SIZE} x {SIZE} RGB, got {pictures.shape[1:]}")
@@ -249,7 +253,7 @@ def read(pictures):
     contents = np.where(distance.min(2) < SMEARED, distance.argmin(2), -1)
     blur = np.median(distance.min(2), 1, keepdims=True)                      # of most cells: one spoilt object spoils no background
     background = np.where(blur[:, 0] < SMEARED, nearest, -1)
-    return background, contents, distance, _posterior(misfit) * np.exp(-blur / (2 * SMEARED))
+    return Reading(background, contents, distance, _posterior(misfit) * np.exp(-blur / (2 * SMEARED)))
 
 
 def _posterior(distance):

@@ -234,7 +234,7 @@ def test_what_a_vae_does_to_pictures_is_forgiven():
 VAE = ROOT / "shapes" / "editor" / "vae"
 
 
-@pytest.mark.skipif(not (VAE / "config.json").is_file(), reason="no shapes/editor: python -m shapes.pretrain makes it")
+@pytest.mark.skipif(not (VAE / "config.json").is_file(), reason="no shapes/editor: python -m shapes.make_editor makes it")
 def test_reconstructions_of_the_shipped_vae_read_back_right():
     """A VAE that blurs objects beyond recognition, so that no editor built on it could succeed."""
     import torch
