@@ -53,7 +53,8 @@ def test_a_good_file_gives_its_tasks_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     first, second = data.load(path, "all", 3, RESOLUTION)
     assert first.instructions == ["Add a hat", "Remove the dog", "Make it blue"] and first.kinds == ["", "", ""]
-    assert second.instructions[3] == "Four" and second.kinds == ["color_alter"] * 4 and second.meta["where"].endswith("line 3")
+    assert second.instructions[3] == "Four" and second.kinds == ["color_alter"] * 4
+    assert second.meta["where"].endswith("line 3")
     assert first.size == (32, 48) and first.picture().mode == "RGB" and first.picture().size == (48, 32)
     assert sides(first.picture()) == ((255, 0, 0), (0, 0, 255))
 
@@ -80,7 +81,7 @@ def test_pictures_are_scaled_alike_both_ways_and_cropped_at_the_centre(tmp_path,
     """Pictures that are squeezed or squared, cropped at one side, with sides that patches do not divide."""
     (w, h), (W, H) = size, data.fit_size(*size, 512)
     assert W % 16 == H % 16 == 0 and abs(W * H / 512 ** 2 - 1) < .05
-    kept_w, kept_h = min(1, W / H * h / w), min(1, H / W * w / h)         # of a picture of another shape the rest is cut
+    kept_w, kept_h = min(1, W / H * h / w), min(1, H / W * w / h)         # the rest is cut
     assert min(kept_w, kept_h) > (.85 if max(w / h, h / w) <= 2 else .5)
     picture = Image.new("RGB", size, "white")
     picture.paste("black", [round(part * side) for part in (.4, .6) for side in size])
@@ -130,7 +131,7 @@ def test_nothing_of_a_file_is_cut(tmp_path):
 
 
 def test_photographs_stand_upright(tmp_path):
-    """A telephone's photo lies on its side: its rotation is in the EXIF data only, and its size in the header is not."""
+    """A telephone's photo lies on its side: its rotation is in the EXIF data only; a size before it was turned."""
     exif = Image.Exif()
     exif[0x0112] = 6                                             # shown after turning 90 degrees clockwise
     lying = halves((48, 32), "red", "blue").rotate(90, expand=True)
@@ -283,7 +284,8 @@ def test_a_fingerprint_is_of_contents_and_not_of_paths(tmp_path):
     task = read(tmp_path / "a")
     prints = {data.fingerprint(task)}
     assert data.fingerprint(read(tmp_path / "b")) in prints
-    for changes in ({"instructions": ["Add a hat", "Remove the dog", "Make it red"]}, {"kinds": ["", "", "color_alter"]}):
+    other = {"instructions": ["Add a hat", "Remove the dog", "Make it red"]}
+    for changes in (other, {"kinds": ["", "", "color_alter"]}):
         prints.add(data.fingerprint(read(tmp_path / "b", **changes)))
     halves((48, 32), "red", "green").save(tmp_path / "a" / "pictures" / "a.png")
     prints.add(data.fingerprint(task))
@@ -313,7 +315,8 @@ def test_a_task_file_is_known_by_its_bytes_and_its_pictures_sizes(tmp_path, monk
 # ----------------------------------------------------------------------------------------------------------- scripts
 
 @pytest.mark.parametrize("raised, code, line", [
-    (ValueError("two\nlines"), 2, "a.py: two lines"), (OSError(28, "No space left"), 2, "a.py: [Errno 28] No space left"),
+    (ValueError("two\nlines"), 2, "a.py: two lines"),
+    (OSError(28, "No space left"), 2, "a.py: [Errno 28] No space left"),
     (ValueError(), 2, "a.py: ValueError"), (KeyboardInterrupt(), 130, "a.py: interrupted")])
 def test_a_script_ends_in_one_line(monkeypatch, capsys, raised, code, line):
     """A traceback where a user's mistake, a full disk or Ctrl-C ends a script; exit code 0 or 1 for it."""
