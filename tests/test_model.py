@@ -1,4 +1,7 @@
 """model.py against diffusers itself: the same latents, the same pictures, LoRA files that load and have an effect."""
+import math
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import model
-from fixtures import editor_folder, load_pipe, make_tasks, move, new_editor, resized
+from fixtures import ROOT, editor_folder, load_pipe, make_tasks, move, new_editor, resized
 from rollout import draw_noise, rollout, stack_images
 
 SIZES = pytest.mark.parametrize("size", [(48, 48), (32, 64)], ids=lambda size: "%dx%d" % size)
@@ -374,6 +377,137 @@ def test_rank_0_trains_saves_and_loads_the_whole_transformer(tmp_path):
     assert list(loaded.trained) == list(editor.trained) and any(p.grad is not None for p in loaded.trained.values())
 
 
+def test_alphas_that_mean_nothing_are_refused(tmp_path):
+    """Catches: --lora-alpha 0 trains for hours without an effect, -5 in the wrong direction; nan in a file's own keys."""
+    for alpha in (0, -5, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"alpha {alpha}"):
+            model.add_lora(new_editor(), 4, alpha)
+    model.save_weights(new_editor(4, moved=.1), tmp_path)
+    state = load_file(tmp_path / model.LORA_FILE)
+    keys = [key.replace("lora_A.weight", "alpha") for key in state if "lora_A" in key]
+    save_file(state | {key: torch.tensor(math.nan) for key in keys}, tmp_path / model.LORA_FILE)
+    with pytest.raises(ValueError, match="alpha nan"):
+        model.load_weights(new_editor(), tmp_path)
+
+
+def test_rank_0_wants_float32():
+    """Catches: full fine-tuning in bfloat16, in which most weights never move at a step of 1e-4."""
+    with pytest.raises(ValueError, match="bfloat16.*never move") as error:
+        model.add_lora(new_editor(dtype=torch.bfloat16), 0)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path, value):
+    """Catches: one bad gradient that overwrites the only good LoRA; a run that starts from NaN and ends with exit 0."""
+    editor = new_editor(4, moved=.1)
+    model.save_weights(editor, tmp_path)
+    good = (tmp_path / model.LORA_FILE).read_bytes()
+    name = list(editor.trained)[5]
+    with torch.no_grad():
+        editor.trained[name].view(-1)[3] = value
+    with pytest.raises(ValueError, match=f"{model.LORA_FILE}.*not finite.*{name.split('.')[-2]}"):
+        model.save_weights(editor, tmp_path)
+    assert (tmp_path / model.LORA_FILE).read_bytes() == good and len(list(tmp_path.iterdir())) == 1
+
+    state = load_file(tmp_path / model.LORA_FILE)
+    key = sorted(state)[7]
+    state[key].view(-1)[0] = value
+    save_file(state, tmp_path / model.LORA_FILE)
+    with pytest.raises(ValueError, match=f"not finite.*{key}"):
+        model.load_weights(new_editor(), tmp_path)
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_what_cannot_be_written_is_an_oserror_and_leaves_the_file_as_it_was(tmp_path, rank, monkeypatch):
+    """Catches: a full disk, told as a traceback of safetensors; half a file in the place of the last good one."""
+    editor = new_editor(rank, moved=.01)
+    model.save_weights(editor, tmp_path)
+    file = model.find_weights(tmp_path)
+    good = file.read_bytes()
+    move(editor, .01)
+
+    def full_disk(state, path, metadata=None):
+        Path(path).write_bytes(b"half of it")
+        raise model.SafetensorError("I/O error: No space left on device\nat some line")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "save_file", full_disk)
+        with pytest.raises(OSError, match=f"{file.name}.*No space left") as error:
+            model.save_weights(editor, tmp_path)
+    assert "\n" not in str(error.value) and file.read_bytes() == good
+    model.load_weights(new_editor(), tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write .*file"):
+        model.save_weights(editor, tmp_path / "file")
+    model.save_weights(editor, tmp_path)                          # what is left of the failure is not in the way
+    assert file.read_bytes() != good and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
+    """Catches: a rename that survives a power cut while the bytes do not: an empty file where a good one was."""
+    editor, calls = new_editor(4, moved=.1), []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: calls.append(name) or real(*args))
+    model.save_weights(editor, tmp_path)
+    assert calls == ["fsync", "replace"]
+
+
+def test_a_transformer_of_another_model_is_refused(tmp_path):
+    """Catches: a traceback of many lines for weights of another width, or missing ones left as they were."""
+    model.save_weights(new_editor(0), tmp_path)
+    file = tmp_path / "transformer" / model.WHOLE_FILE
+    state = load_file(file)
+    lost = state.pop("proj_out.weight")
+    for spoilt in (state, state | {"proj_out.weight": lost[:, :5].contiguous()},
+                   state | {"proj_out.weight": lost * math.nan}):
+        save_file(spoilt, file)
+        with pytest.raises(ValueError, match=model.WHOLE_FILE) as error:
+            model.load_weights(new_editor(), tmp_path)
+        assert "\n" not in str(error.value)
+
+
+class PipelineOfTheDocs:
+    """What the snippet of docs/editors.md gets in place of the 12 B pipeline: the embedded one, from rollout's noise."""
+
+    def __init__(self, folder):
+        self.folder, self.turn, self.pipe = folder, 0, load_pipe()
+        self.pipe.tokenizer_2.model_max_length = 512              # as the real one's: the embedded one's is 14
+
+    def to(self, device):
+        return self
+
+    def load_lora_weights(self, folder):
+        self.pipe.load_lora_weights(str(self.folder))
+
+    def __call__(self, **call):
+        noise = draw_noise((9, 64), 3, 0, 0, self.turn, 0)
+        self.turn += 1
+        return self.pipe(latents=noise[None], **call)
+
+
+def test_the_docs_snippet_for_diffusers_makes_the_pictures_that_eval_makes(tmp_path, monkeypatch):
+    """Catches: a documented call that pads the text to 512 tokens, or edits a picture of 1 MP in place of the one given."""
+    pytest.importorskip("peft")
+    (snippet,) = re.findall(r"```python\n(import torch.*?)```", (ROOT / "docs" / "editors.md").read_text(), re.DOTALL)
+    editor, (task,) = model.KontextEditor(PipelineOfTheDocs(tmp_path).pipe, "cpu"), make_tasks(1)
+    model.add_lora(editor, 4)
+    move(editor, .05)
+    model.save_weights(editor, tmp_path)
+    task.instructions = ["Make the cat black", "Add a red scarf"]
+    assert all(f'"{text}"' in snippet for text in task.instructions)
+    ours = rollout(editor, [task], 1, 2, 28, (3,)).images
+
+    pipe = PipelineOfTheDocs(tmp_path)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: pipe)
+    monkeypatch.setattr(Image, "open", lambda path: task.picture())
+    names = {}
+    exec(snippet, names)
+    theirs = torch.from_numpy(np.array(names["picture"])).permute(2, 0, 1)
+    assert same_pictures(ours[0, 2], theirs) and not same_pictures(ours[0, 1], theirs)
+
+
 # ------------------------------------------------------------------------------------------------------------ no editor
 
 def no_editors(folder):
@@ -400,3 +534,137 @@ def test_what_is_no_editor_is_refused(tmp_path, case):
     with pytest.raises(ValueError, match=words) as error:
         model.load(str(tmp_path / "x"))
     assert str(tmp_path / "x") in str(error.value) and "\n" not in str(error.value)
+
+
+def spoil_tensor(folder, part, value):
+    """A copy of the embedded editor's files in which one tensor of a part is missing (value None), or holds a value."""
+    shutil.copytree(editor_folder(), folder, dirs_exist_ok=True)
+    (file,) = (folder / part).glob("*.safetensors")
+    state = load_file(file)
+    name = sorted(state)[len(state) // 2]
+    if value is None:
+        del state[name]
+    else:
+        state[name].view(-1)[-1] = value
+    save_file(state, file, {"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_2"])
+def test_an_editor_with_a_missing_or_spoilt_tensor_is_refused(tmp_path, part, value, capfd):
+    """Catches: layers drawn at random with a mere warning; a run on a model that answers NaN to everything."""
+    name = spoil_tensor(tmp_path / "x", part, value)
+    with pytest.raises(ValueError, match=f"{part}/ .*{re.escape(name)}") as error:
+        model.load(str(tmp_path / "x"))
+    assert ("lacks" if value is None else "not finite") in str(error.value) and "\n" not in str(error.value)
+    assert "TRAIN this model" not in "".join(capfd.readouterr())
+
+
+FILES = ["tokenizer/tokenizer.json", "tokenizer_2/tokenizer.json", "tokenizer_2/tokenizer_config.json", "tokenizer",
+         "text_encoder_2/config.json", "text_encoder", "vae/config.json", "scheduler/scheduler_config.json"]
+
+
+@pytest.mark.parametrize("lost", FILES)
+def test_an_editor_with_a_missing_file_is_refused_before_its_models_are_read(tmp_path, lost, monkeypatch):
+    """Catches: a tokenizer without words, or a text encoder of default size, made up in silence: a run ends with exit 0."""
+    folder = tmp_path / "x"
+    shutil.copytree(editor_folder(), folder)
+    shutil.rmtree(folder / lost) if (folder / lost).is_dir() else (folder / lost).unlink()
+    monkeypatch.setattr(model, "check_finite", lambda *_: pytest.fail("a model was loaded before the refusal"))
+    with pytest.raises(ValueError, match=f"no editor.* {lost.split('/')[0]}/ is not whole"):
+        model.load(str(folder))
+
+
+@pytest.mark.parametrize("guidance", [math.nan, math.inf, -3., -math.inf])
+def test_guidance_that_is_no_number_from_0_up_is_refused_before_anything_is_loaded(guidance):
+    """Catches: minutes of loading and hours of training at a guidance of nan."""
+    with pytest.raises(ValueError, match=f"--guidance {guidance}"):
+        model.load("no/such/editor", guidance=guidance)
+
+
+def test_small_editors_are_float32_and_large_ones_bfloat16_except_on_a_cpu(tmp_path):
+    """Catches: the embedded world in bfloat16 on a GPU, which is not what the README measured; 12 B in float32."""
+    small, large = editor_folder(), tmp_path / "x"
+    shutil.copytree(small, large)
+    with open(large / "transformer" / "more.safetensors", "wb") as file:
+        file.truncate(10 ** 9)                                    # takes no room on the disk
+    for folder, on_cpu, dtype in ((small, True, torch.float32), (small, False, torch.float32),
+                                  (large, True, torch.float32), (large, False, torch.bfloat16)):
+        pipe = model.load_pipeline(folder, None, on_cpu)
+        assert {part.dtype for part in (pipe.transformer, pipe.vae, pipe.text_encoder)} == {dtype}
+    assert model.load(small, dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------------- where and what
+
+def fake_hub(folder, monkeypatch):
+    """A hub cache that holds the embedded editor as me/tiny."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    repo = folder / "models--me--tiny"
+    shutil.copytree(editor_folder(), repo / "snapshots" / "abc")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+
+
+def test_a_hub_id_is_loaded_and_fingerprinted_from_the_cache(tmp_path, monkeypatch):
+    """Catches: an editor of the hub that only loads with a network, or whose content is not looked at."""
+    fake_hub(tmp_path, monkeypatch)
+    editor = model.load("me/tiny")
+    assert torch.equal(editor.transformer.proj_out.weight, new_editor().transformer.proj_out.weight)
+    assert model.fingerprint("me/tiny") == model.fingerprint(editor_folder())
+    with pytest.raises(ValueError, match="--model me/other is no editor"):
+        model.load("me/other")
+    assert model.fingerprint("me/other") not in (model.fingerprint("me/tiny"), model.fingerprint("me/another"))
+
+
+def test_the_embedded_editor_is_found_from_any_folder(tmp_path, monkeypatch):
+    """Catches: the first command of the README fails, or asks the hub for minutes, outside the repository."""
+    monkeypatch.chdir(tmp_path)
+    if (ROOT / "shapes" / "editor").is_dir():
+        assert isinstance(model.load("shapes/editor"), model.KontextEditor)
+        assert model.fingerprint("shapes/editor") == model.fingerprint(ROOT / "shapes" / "editor")
+
+
+def test_a_fingerprint_is_that_of_the_content(tmp_path):
+    """Catches: other weights in the same place taken for the same model; the same ones elsewhere for others."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    shutil.copytree(editor_folder(), a)
+    shutil.copytree(editor_folder(), b)
+    one = model.fingerprint(a)
+    (b / "README.md").write_text("not loaded")
+    assert one == model.fingerprint(b) == model.fingerprint(str(a)) and re.fullmatch("[0-9a-f]{16}", one)
+    seen = {one}
+    for file in sorted(b.rglob("*.json")) + sorted(b.rglob("*.safetensors")):
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+        seen.add(model.fingerprint(b))
+    assert len(seen) == 1 + len(list(b.rglob("*.json"))) + len(list(b.rglob("*.safetensors")))
+    with pytest.raises(ValueError, match="no LoRA at"):
+        model.fingerprint(tmp_path)
+
+
+def test_the_fingerprint_of_a_lora_is_that_of_its_file_alone(tmp_path):
+    """Catches: a run whose metrics grow and whose LoRA therefore seems to be another one; a folder and its file that differ."""
+    model.save_weights(new_editor(4, moved=.1), tmp_path / "a")
+    model.save_weights(new_editor(4, moved=.2), tmp_path / "b")
+    one = model.fingerprint(tmp_path / "a")
+    (tmp_path / "a" / "metrics.jsonl").write_text("{}")
+    (tmp_path / "a" / "config.json").write_text("{}")
+    assert one == model.fingerprint(tmp_path / "a") == model.fingerprint(tmp_path / "a" / model.LORA_FILE)
+    assert one != model.fingerprint(tmp_path / "b")
+
+
+def test_a_large_file_is_looked_at_from_end_to_end(tmp_path):
+    """Catches: minutes of reading for a model of 24 GB, or a look at its beginning alone."""
+    file = tmp_path / "large.safetensors"
+    with open(file, "wb") as content:
+        content.truncate(600 << 20)
+    seen, size = {model.fingerprint(file)}, file.stat().st_size
+    for part in (0, 100, 255):
+        with open(file, "r+b") as content:
+            content.seek(part * (size // 256) + 5)
+            content.write(b"x")
+        seen.add(model.fingerprint(file))
+    assert len(seen) == 4
