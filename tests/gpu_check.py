@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import diffusers
 import model
 import train
-from rollout import Task, cond_rows, draw_noise, rollout
+from rollout import Task, draw_noise, rollout, select
 
 SHIFT = dict(use_dynamic_shifting=True, base_shift=.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096)
 FLUX_VAE = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -102,69 +102,85 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
+def timed(device, work):
+    """(seconds, result) of work()."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    synchronize(device)
+    return time.perf_counter() - start, result
+
+
 def matmul_rate(device, dtype):
     """Best measured rate of a large matrix product, FLOP/s."""
-    n, best = 8192 if device.type == "cuda" else 512, float("inf")
+    n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    for _ in range(30):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
+    best = min(timed(device, lambda: a @ b)[0] for _ in range(30))
     return 2 * n ** 3 / best
+
+
+def settings(family, algo, args):
+    """The preset of a family, with the sizes of this check."""
+    flags = dict(preset=family, algo=algo, turns=args.turns, group=args.group, tasks=args.tasks, micro=args.micro,
+                 updates=1)
+    cfg = train.parse([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    train.check(cfg)
+    return cfg, train.divide(cfg, 0, 1)
+
+
+def trainable(family, cfg, args, device, dtype):
+    """A random editor with the LoRA of the preset and random text features."""
+    editor = build(family, device, dtype, args.tiny)
+    editor.guidance, editor.encode_text = cfg.guidance, random_text(family, args.tiny)
+    editor.guided = editor.guided and cfg.guidance > 1
+    return model.add_lora(editor, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+
+
+def one_forward(editor, pixels, micro):
+    """(FLOP, seconds) of one forward of `micro` rows: the best of three, after one that warms up and counts."""
+    device, size = editor.device, pixels.shape[1:3]
+    images = torch.from_numpy(pixels[:1].repeat(micro, 0)).permute(0, 3, 1, 2)
+    cond = select(editor.condition(["x"] * micro, images), range(micro), device)
+    x = torch.randn(micro, *editor.latent_shape(size), device=device)
+    t = torch.full((micro,), .7, device=device)
+    forward = lambda: editor.velocity(x, t, cond, x, size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward()
+    with torch.no_grad():
+        seconds = min(timed(device, forward)[0] for _ in range(3))
+    return counter.get_total_flops(), seconds
+
+
+def peak_memory(device):
+    """The most memory taken so far, in GB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def measure(family, algo, args, device, dtype, rate):
     """One rollout and one update -> a Markdown row."""
-    flags = dict(preset=family, algo=algo, turns=args.turns, group=args.group, tasks=args.tasks, micro=args.micro,
-                 updates=1)
-    cfg = train.parse([word for name, value in flags.items() for word in (f"--{name}", str(value))])
-    _, rows, micro = train.check(cfg, 1)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    editor = build(family, device, dtype, args.tiny)
-    editor.guidance, editor.encode_text = cfg.guidance, random_text(family, args.tiny)
-    editor.guided = editor.guided and cfg.guidance > 1
-    model.add_lora(editor, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+    cfg, share = settings(family, algo, args)
+    editor = trainable(family, cfg, args, device, dtype)
     billions = sum(p.numel() for p in editor.transformer.parameters()) / 1e9
     H = W = args.resolution
     pixels = np.random.default_rng(0).integers(0, 256, (args.tasks, H, W, 3), dtype=np.uint8)
     tasks = [Task(Image.fromarray(p), [f"edit {b} {k}" for k in range(cfg.turns)], [""] * cfg.turns)
              for b, p in enumerate(pixels)]
+    flop, per_forward = one_forward(editor, pixels, share.micro)
 
-    images = torch.from_numpy(pixels[:1].repeat(micro, 0)).permute(0, 3, 1, 2)
-    cond = cond_rows(editor.condition(["x"] * micro, images), range(micro), device)
-    x = torch.randn(micro, *editor.latent_shape((H, W)), device=device)
-    arguments = (x, torch.full((micro,), .7, device=device), cond, x, (H, W))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:          # also warms up
-        editor.velocity(*arguments)
-    flop, seconds = counter.get_total_flops(), []
-    with torch.no_grad():
-        for _ in range(3):
-            synchronize(device)
-            start = time.perf_counter()
-            editor.velocity(*arguments)
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
-    per_forward = min(seconds)
-
-    window = dict(eta=cfg.eta, kind=cfg.step_kind, window=cfg.window, start=cfg.train_first) if algo == "grpo" else {}
-    start = time.perf_counter()
-    trajectory = rollout(editor, tasks, cfg.group, cfg.turns, cfg.denoise, (0, 1), **window,
-                         shared_noise=cfg.shared_noise, micro=micro)
-    synchronize(device)
-    t_rollout = time.perf_counter() - start
-    optimizer = torch.optim.AdamW(editor.trained.values(), cfg.lr, weight_decay=cfg.weight_decay)
-    A, start = draw_noise((rows, cfg.turns), 7), time.perf_counter()
-    info = train.update(editor, [trajectory], A, torch.ones_like(A), optimizer, cfg, 1, rows, micro,
-                        torch.arange(args.tasks), 1)
-    synchronize(device)
-    t_update, drift = time.perf_counter() - start, info.get("ratio_deviation_1")
-    peak = (torch.cuda.max_memory_allocated(device) if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
+    t_rollout, trajectory = timed(device, lambda: rollout(
+        editor, tasks, cfg.group, cfg.turns, cfg.denoise, (0, 1), train.stochastic_window(cfg, 1), cfg.eta,
+        cfg.step_kind, cfg.shared_noise, micro=share.micro))
+    optimizer = torch.optim.AdamW(editor.trained.values(), cfg.lr)
+    A = draw_noise((share.rows, cfg.turns), 7)
+    used = torch.ones_like(A, dtype=torch.bool)
+    t_update, info = timed(device, lambda: train.update(editor, trajectory, A, used, optimizer, cfg, 1, share))
+    drift = info.get("ratio_deviation_1")
     return (f"| {family} {billions:.1f} B, {algo} | {H} x {W} "
-            f"| {cfg.turns}, {cfg.denoise}, {args.tasks} x {args.group}, {micro} | {peak:.1f} "
+            f"| {cfg.turns}, {cfg.denoise}, {args.tasks} x {args.group}, {share.micro} | {peak_memory(device):.1f} "
             f"| {per_forward:.3f} | {flop / per_forward / rate:.0%} | {t_rollout:.1f} | {t_update:.1f} "
             f"| {'-' if drift is None else f'{drift:.1e}'} |")
 
