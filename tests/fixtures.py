@@ -5,13 +5,13 @@ import io
 import runpy
 import sys
 import tempfile
-from concurrent.futures import Future
 from pathlib import Path
 
 import torch
 
 import data
 import model
+import reward
 from rollout import stack_images
 
 torch.set_num_threads(1)      # on pictures this small a second thread mostly waits, for long where the machine is busy
@@ -194,20 +194,17 @@ def resized(tasks, size):
     return tasks
 
 
-class Judge:
+class Judge(reward.Judge):
     """Colours as rewards: cheap, never constant within a group, sensitive to every pixel.
 
     `edit(r, tasks, k)` may spoil them. Refuses tasks that do not belong to the pictures they come with.
     """
-    names, weights, last_failure, fingerprint = ["following", "consistency"], [.5, .5], "", "colours"
+    names, weights, fingerprint = ["following", "consistency"], [.5, .5], "colours"
 
     def __init__(self, edit=None):
         self.edit, self.calls = edit, []
 
-    def check(self, tasks):
-        pass
-
-    def __call__(self, tasks, images, k):
+    def rewards(self, tasks, images, k):
         self.calls.append((len(tasks), k))
         if images.shape[1] != k + 2 or not torch.equal(images[:, 0], stack_images(tasks)):
             raise ValueError(f"turn {k + 1}: the judge was given pictures of other tasks, or of another turn")
@@ -215,11 +212,6 @@ class Judge:
         drift = (x[:, k + 1] - x[:, 0]).abs().mean((1, 2, 3))
         r = torch.stack([x[:, k + 1, 0].mean((1, 2)), 1 - drift], 1)
         return self.edit(r, tasks, k) if self.edit else r
-
-    def start(self, tasks, images, k):
-        future = Future()
-        future.set_result(self(tasks, images, k))
-        return future
 
 
 def run_script(name, *argv):
