@@ -231,8 +231,8 @@ def draw_int(low, high, *key):
 
 
 def stochastic_window(cfg, step):
-    """The W steps that GRPO makes stochastic in this rollout; NFT samples by Euler throughout."""
-    if cfg.algo == "nft":
+    """The W steps that GRPO makes stochastic in this rollout; other objectives sample by Euler throughout."""
+    if cfg.algo != "grpo":
         return range(0)
     steps = trained_steps(cfg)
     first = draw_int(steps.start, steps.stop - cfg.window, cfg.seed, step)
@@ -292,12 +292,10 @@ def grpo_terms(editor, trajectory, rows, k, A, keys, cfg):
 
 def nft_terms(editor, trajectory, rows, k, A, keys, cfg):
     """NFT on some rows at turn k, at W times of the rollout's grid -> W times (loss (n,), info of (n,) tensors)."""
-    device, grid = editor.device, trajectory.t[trained_steps(cfg)]
     velocity = replay(editor, trajectory, rows, k)
-    x_0 = trajectory.x[rows, k, 0].to(device)
+    x_0 = trajectory.x[rows, k, 0].to(editor.device)
     for j in range(cfg.window):
-        t, eps = zip(*(forward_noise(grid, x_0.shape[1:], (*key, k), j) for key in keys))
-        t, eps = torch.stack(t).to(device), torch.stack(eps).to(device)
+        t, eps = forward_noise(trajectory, k, j, keys, cfg, editor.device)
         x = noised(x_0, t, eps)
         with torch.no_grad(), editor.using("old"):
             v_old = velocity(x, t)
@@ -306,10 +304,14 @@ def nft_terms(editor, trajectory, rows, k, A, keys, cfg):
         yield add_kl(loss, info, editor, velocity, v, x, t, cfg.kl)
 
 
-def forward_noise(grid, shape, key, j):
-    """NFT's j-th time and noise of one row: t drawn without replacement from the grid, eps of `shape`."""
-    order = draw_noise(len(grid), *key, 10_000).argsort()
-    return grid[order[j]], draw_noise(shape, *key, 10_001 + j)
+def forward_noise(trajectory, k, j, keys, cfg, device):
+    """The j-th time and noise to see samples of turn k again: t (n,), without replacement from --train-steps' part of the
+    rollout's grid, and eps (n, N, C), both pure functions of each row's key.
+    """
+    grid = trajectory.t[list(trained_steps(cfg))]
+    orders = [draw_noise(len(grid), *key, k, 10_000).argsort() for key in keys]
+    eps = [draw_noise(trajectory.x.shape[3:], *key, k, 10_001 + j) for key in keys]
+    return grid[[order[j].item() for order in orders]].to(device), torch.stack(eps).to(device)
 
 
 TERMS = {"grpo": grpo_terms, "nft": nft_terms}
@@ -858,7 +860,7 @@ def parse(argv=None):
 
     algo = given.get("algo", Config.algo)
     preset = given.get("preset", Config.preset)
-    cfg = Config(**{**PRESETS[preset, algo], **given})
+    cfg = Config(**{**PRESETS.get((preset, algo), {}), **given})
     cfg.out = cfg.out or f"out/{algo}"
     for name, (where, has_effect) in EFFECT.items():
         if name in given and not has_effect(cfg):

@@ -148,9 +148,8 @@ def gradients(editor, cfg, trajectory, A, used, rows=None, micro=None):
 
 def forward_noise(trajectory, cfg, s, k, j):
     """NFT's time and noise of row s at step 1."""
-    steps = train.trained_steps(cfg)
-    grid = trajectory.t[steps.start:steps.stop]
-    return train.forward_noise(grid, (9, 64), (cfg.seed, 1, s // G, s % G, k), j)
+    t, eps = train.forward_noise(trajectory, k, j, [(cfg.seed, 1, s // G, s % G)], cfg, "cpu")
+    return t[0], eps[0]
 
 
 def advantage_rows(n=B, seed=0):
