@@ -1,6 +1,7 @@
-"""report.py: nothing lost or bent on the way from results to tables, figures, contact sheets and report.html."""
+"""bench/report.py: nothing lost or bent on the way from results to tables, figures, contact sheets and report.html."""
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -9,38 +10,45 @@ import torch
 from PIL import Image
 
 import eval as evaluation
-import report
+from bench import report
 from fixtures import make_tasks
 
 NAN = float("nan")
+K = 3
+
+
+def make_arms(rates, n=8, seeds=2, pictures=True):
+    """Arms of random scores: {name: Scores}; the picture after turn k of task i is all of one colour, (40 k, 20 i, 90)."""
+    generator, arms = torch.Generator().manual_seed(0), {}
+    draw = lambda: torch.rand(seeds, n, K, generator=generator, dtype=torch.float64)
+
+    def picture(row):
+        colors = torch.tensor([[40 * k, 20 * row % 256, 90] for k in range(K + 1)], dtype=torch.uint8)
+        return colors[:, :, None, None].expand(-1, -1, 48, 48)
+    for name, rate in rates.items():
+        s = (draw() < rate).double()
+        clean = s.clone()
+        clean[..., 2] = NAN                                                  # no independent instruction at turn 3
+        measured = {"copied": (draw() < .1).double(), "drift": 9 * draw(), "nothing": 5 * draw(), "clean": clean}
+        arms[name] = evaluation.Scores(s, draw()[..., None], measured, {"following": draw()}, picture if pictures else None)
+    return arms
+
+
+def summarise(arms, tasks, **about):
+    about = {"profile": "exact", "model": "shapes/editor", "data": "shapes", "judge": "exact", "denoise": 8, "seeds": 2} | about
+    return about | {"n": len(tasks)} | evaluation.summarise(arms, tasks, samples=50)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A report of three arms on 8 dialogues, one of them with a failed judgement: (folder, results)."""
-    out, tasks, K = tmp_path_factory.mktemp("report"), make_tasks(8, K=3), 3
-    generator, arms = torch.Generator().manual_seed(0), {}
-    for name, rate in (("base", .5), ("tuned", .8), ("other.arm-2", .5)):
-        draw = lambda: torch.rand(2, 8, K, generator=generator, dtype=torch.float64)
-        s = (draw() < rate).double()
-        arms[name] = {"s": s, "cc": draw()[..., None], "copied": (draw() < .1).double(), "drift": 9 * draw(),
-                      "nothing": 5 * draw(), "clean": s.clone()}
-        folder = out / f"{name}_generation"
-        folder.mkdir()
-        for i in range(8):
-            for k in range(K + 1):
-                Image.new("RGB", (48, 48), (40 * k, 20 * i, 90)).save(folder / f"{i}-{k}.png")
-    arms["tuned"]["s"][0, 2, 1] = NAN
-    for name in arms:
-        arms[name]["clean"][:, :, 2] = NAN                                   # no independent instruction at turn 3
-    kinds = [task.kinds for task in tasks]
-    results = {"profile": "exact", "model": "shapes/editor", "data": "shapes", "judge": "exact", "denoise": 8,
-               "seeds": 2, "n": 8}
-    results |= evaluation.summarise(arms, kinds, samples=50)
-    pictures = {name: lambda i, name=name: [out / f"{name}_generation" / f"{i}-{k}.png" for k in range(K + 1)]
-                for name in arms}
-    report.write_report(out, results, arms, tasks, kinds, list(range(8)), pictures)
-    return out, results, arms, tasks
+    """A report of three arms on 8 dialogues, one of them with a failed judgement: (folder, result, arms, tasks)."""
+    out, tasks = tmp_path_factory.mktemp("report"), make_tasks(8, K=K)
+    arms = make_arms({"base": .5, "tuned": .8, "other.arm-2": .5})
+    arms["tuned"].success[0, 2, 1] = NAN
+    tasks[3].instructions[0] = 'Add <b>"this"</b> & that'
+    result = summarise(arms, tasks)
+    report.write_report(out, result, arms, tasks)
+    return out, result, arms, tasks
 
 
 def test_results_are_json_that_everybody_reads(written):
@@ -51,75 +59,98 @@ def test_results_are_json_that_everybody_reads(written):
     assert again["arms"]["base"]["O"] == written[1]["arms"]["base"]["O"] and again["arms"]["base"]["EB"][2] is None
 
 
-def test_the_console_table_marks_what_is_not_significant():
-    """Catches: difference and interval with opposite signs, or a mark on the wrong rows."""
-    arm = lambda v: {m: [v] for m in report.SHOWN}
-    intervals = {m: [[-.1, .4]] if m == "CC" else [[.1, .3]] for m in report.SHOWN}
-    results = {"arms": {"base": arm(.3), "tuned": arm(.5)},
-               "differences": {"tuned": arm(.2) | {"interval_95": intervals}}}
-    lines = report.table(results).splitlines()
-    assert len(lines) == 5 and re.search(r"1 +M +0.300 +0.500 +\+0.200 \[\+0.100, \+0.300\]$", lines[1])
-    assert [("n.s." in line) for line in lines[1:]] == [m == "CC" for m in report.SHOWN]
+def test_the_tables_hold_the_numbers(written):
+    """Catches: a column shifted, a row of another arm, a cell that breaks the table."""
+    out, result, _, _ = written
+    text = (out / "tables.md").read_text()
+    found = {title: [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in part.splitlines()
+                     if line.startswith("| ")] for title, part in re.findall(r"## (.*)\n((?:(?!## ).*\n)*)", text)}
+    assert all(len({len(row) for row in rows}) == 1 for rows in found.values())
+    main = found["Main results"]
+    assert main[0][1:] == [f"{metric} {k}" for metric in ("IF", "CC", "O") for k in (1, 2, 3)]
+    for row in main[2:]:
+        values = result["arms"][row[0]]
+        expected = [f"{100 * values[metric][k]:.2f}" for metric in ("IF", "CC", "O") for k in range(K)]
+        assert row[1:] == expected
+    for arm in ("tuned", "other.arm-2"):
+        difference = result["differences"][arm]
+        for row in found[f"{arm} against base"][2:]:
+            for k, cell in enumerate(row[1:]):
+                low, high = difference["interval_95"][row[0]][k]
+                start = f"{100 * difference[row[0]][k]:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+                assert cell.startswith(start) and ("n.s." in cell) == (low <= 0 <= high)
+    kinds = {row[0]: row for row in found["Marginal success by edit type"][2:]}
+    for kind in kinds:
+        metric = "kind " + kind.replace(" ", "_")
+        assert kinds[kind][2] == f"{100 * result['arms']['base'][metric][0]:.2f}"
+        assert int(kinds[kind][1]) == sum(task.kinds[:K].count(kind.replace(" ", "_")) for task in written[3])
+    gaps = [row for row in found["Exposure bias"] if row[1] == "gap EB"]
+    assert len(gaps) == 3 and gaps[0][4] == "–" and gaps[0][2].endswith("n.s. (n = 16)")
+    assert found["How many verdicts"][3][2] == "15 / 15 / 16"                # tuned, turn 2
 
 
-@pytest.mark.parametrize("low, high, yes", [(.01, .2, True), (-.2, -.01, True), (0, .2, False), (-.1, 0, False),
-                                            (0, 0, False), (NAN, NAN, False)])
-def test_an_interval_that_touches_zero_is_not_significant(low, high, yes):
-    """Catches: n.s. missing where the bound is 0 or nothing is known."""
-    assert report.significant((low, high)) == yes
-
-
-def test_markdown_and_latex_hold_the_same_numbers(written):
-    """Catches: a column shifted in one of them, characters that are LaTeX commands, percent signs that cut a line."""
-    out, results, _, _ = written
-    md, tex = (out / "tables.md").read_text(), (out / "tables.tex").read_text()
-    rows = [line for line in md.splitlines() if line.startswith("| ")]
-    assert len({tuple(r.split("|")[1:-1]) for r in rows}) > 20
-    first = rows[1].split("|")
-    assert first[1].strip() == "base"
-    assert float(first[2]) == pytest.approx(100 * results["arms"]["base"]["IF"][0], abs=.006)
-    assert float(first[10]) == pytest.approx(100 * results["arms"]["base"]["O"][2], abs=.006)
-    numbers = lambda text: sorted(re.findall(r"\d+\.\d\d", text))
-    assert numbers(md.split("## Main")[1]) == numbers(tex.split(r"\toprule", 1)[1])
-    body = re.sub(r"\\[\\{}%&_#$]", "", "\n".join(line for line in tex.splitlines() if not line.startswith("%")))
-    assert body.count("{") == body.count("}") and body.count("$") % 2 == 0 and "%" not in body
-    assert "_" not in body.replace("IF_k", "")
-    for table in re.findall(r"\\begin{tabular}{(l.*?)}(.*?)\\end{tabular}", tex, re.S):
-        cells = [re.sub(r"\\&", "", line).count("&") for line in table[1].splitlines() if line.endswith(r"\\")]
-        assert set(cells) == {len(table[0]) - 1}
+@pytest.mark.parametrize("profile, sentence", [
+    ("EdiVal", "EdiVal's own verdicts; CC is the mean of its object and background consistency."),
+    ("proxy", "Proxy scores (EdiVal's data, our judge): not EdiVal-IF and EdiVal-CC, not comparable with published tables.")])
+def test_names_are_spelled_as_they_are(tmp_path, profile, sentence):
+    """Catches: "Edival's own verdicts; cc is", "not edival-if": a sentence put in capitals by rule; a proxy's numbers
+    without the word."""
+    tasks = make_tasks(3, K=K)
+    arms = make_arms({"base": .5, "tuned": .5}, 3)
+    report.write_report(tmp_path, summarise(arms, tasks, profile=profile, note="CC by DINOv3"), arms, tasks)
+    page = (tmp_path / "report.html").read_text().replace("&#39;", "'")
+    for text in ((tmp_path / "tables.md").read_text(), page):
+        assert sentence in text and "CC by DINOv3" in text
+        assert text.count("EdiVal-IF") == text.count("not EdiVal-IF")
+        assert ("proxy IF 1" in text) == ("proxy O 3" in text) == (profile == "proxy")
+    assert (page.count(sentence) == 2) == ("<b>Proxy.</b>" in page) == (profile == "proxy")
 
 
 class Reader(HTMLParser):
     def __init__(self):
         super().__init__()
-        self.open, self.links, self.tasks, self.images = [], [], [], 0
+        self.open, self.links, self.tasks, self.images, self.text = [], [], [], [], ""
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self.links += [attributes[name] for name in ("src", "href") if name in attributes]
-        self.images += tag == "img"
-        if attributes.get("class") == "task":
+        if tag == "img":
+            self.images.append(attributes)
+        if (attributes.get("class") or "").startswith("task"):
             self.tasks.append(attributes)
-        if tag not in ("img", "meta", "br", "!doctype", "html"):
+        if tag not in ("img", "meta", "br", "!doctype", "html", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag, tag
+        if tag != "html":
+            assert self.open.pop() == tag, tag
+
+    def handle_data(self, text):
+        self.text += text
 
 
 def test_the_html_stands_alone_and_says_what_its_filters_need(written):
-    """Catches: a link to a file or to the network, a tag left open, an outcome of another arm or turn."""
-    out, results, arms, tasks = written
+    """Catches: a link to a file or to the network, a tag left open, an outcome of another arm or turn, pictures of
+    another dialogue, an instruction that is taken for HTML."""
+    out, _, arms, tasks = written
     text, reader = (out / "report.html").read_text(), Reader()
     reader.feed(text)
     assert not reader.open and all(link.startswith("data:image/") for link in reader.links) and "http" not in text
-    assert reader.images == 5 + 8 * 3 * 4 + len(list((out / "sheets").iterdir())) and len(reader.tasks) == 8
+    assert 'Add <b>"this"</b> & that' in reader.text and '<b>"this"' not in text
+    assert 'max="3"' in text and len(reader.tasks) == 8
+    large = [image for image in reader.images if image.get("class") == "large"]
+    small = [image for image in reader.images if image.get("class") in ("ok", "no", "unknown")]
+    assert len(large) == 8 * (1 + 3) and len(small) == 8 * 3 * K
+    assert len(reader.images) == len(large) + len(small) + 5 + len(list((out / "sheets").iterdir()))
     for i, task in enumerate(reader.tasks):
         assert task["data-kind"].split() == tasks[i].kinds[:3]
         for j, arm in enumerate(arms):
-            s = arms[arm]["s"][0, i].tolist()
+            s = arms[arm].success[0, i].tolist()
             expected = ["yes"] * (s == [1, 1, 1]) + ["no"] * (0 in s) + [f"fail{k + 1}" for k in range(3) if s[k] == 0]
             assert task[f"data-arm{j}"].split() == expected
+            marks = [image["class"] for image in small[3 * (3 * i + j):3 * (3 * i + j + 1)]]
+            assert marks == ["unknown" if v != v else "ok" if v else "no" for v in s]
+    assert small[3 * 3 * 4 + 1]["src"] == report.inline(Image.new("RGB", (48, 48), (80, 80, 90)), 256)   # task 4, turn 2
     assert "not significant" in text or "95 % interval" in text
 
 
@@ -128,42 +159,94 @@ def test_the_sheets_show_what_they_promise(written):
     out, _, arms, tasks = written
     names = {f.stem for f in (out / "sheets").iterdir()}
     assert {"random", "wins-tuned", "failures-base", "failures-tuned"} <= names
-    order, turns = report.gains(arms, "base", "tuned")
-    by_hand = [float(np.nan_to_num((arms["tuned"]["s"] - arms["base"]["s"])[:, i].numpy()).sum() / 2) for i in range(8)]
-    assert turns.tolist() == by_hand and turns[order[-1]] == max(by_hand) and turns[order[0]] == min(by_hand)
+    order, turns = report.gains(arms, "tuned")
+    by_hand = np.nan_to_num((arms["tuned"].success - arms["base"].success).numpy()).sum((0, 2)) / 2
+    assert np.allclose(turns, by_hand) and turns[order[-1]] == max(by_hand) and turns[order[0]] == min(by_hand)
 
 
-def test_a_border_is_green_red_or_missing(tmp_path):
-    """Catches: colours exchanged, or a turn without a verdict drawn as a failure."""
-    pictures = np.full((4, 3, 48, 48), 128, np.uint8)
-    report.contact_sheet([("label", pictures, ["1", "2", "3"], [True, False, None])], tmp_path / "sheet.png", width=48)
-    sheet = Image.open(tmp_path / "sheet.png")
-    assert [sheet.getpixel((10 + k * 58 - 2, 30))
-            for k in range(4)] == [(255, 255, 255), (0, 128, 0), (255, 0, 0), (255, 255, 255)]
-
-
-def test_figures_put_points_where_their_numbers_are(tmp_path):
-    """Catches: an axis upside down, ticks beside their values, an interval drawn around another point."""
-    plot = report.Plot("t", x=(0, 10), y=(-1, 1))
-    assert plot.at(0, -1) == (plot.box[0], plot.box[3]) and plot.at(10, 1) == (plot.box[2], plot.box[1])
-    plot.dot(5, .5, "#ff0000")
-    plot.span(2, -.5, .5, "#0000ff")
-    plot.save(tmp_path / "plot.png")
-    image = Image.open(tmp_path / "plot.png")
-    at = lambda x, y: image.getpixel(tuple(round(c * plot.SCALE) for c in plot.at(x, y)))
-    assert at(5, .5) == (255, 0, 0) and at(2, 0) == at(2, .49) == (0, 0, 255)
-    assert at(2, .8) == at(5, -.5) == (255, 255, 255)
-    assert report.scale(.03, .47)[0] == (0, .5) and report.scale(-.02, .33)[0][0] <= -.02
-    assert [word for _, word in report.scale(0, 1)[1]] == ["0", "20", "40", "60", "80", "100"]
-
-
-def test_the_html_of_many_dialogues_shows_extremes_and_chance(written):
+def test_the_html_of_many_dialogues_shows_extremes_and_chance():
     """Catches: a file of hundreds of megabytes; a choice that hides the losses."""
-    generator = torch.Generator().manual_seed(1)
-    s = [(torch.rand(1, 300, 3, generator=generator) < .5).double() for _ in range(2)]
-    arms = {name: {"s": v, "cc": torch.ones(1, 300, 3, 1)} for name, v in zip(("base", "tuned"), s)}
+    arms = make_arms({"base": .5, "tuned": .5}, 300, 1)
     rows, words = report.choose_shown(arms, 300)
-    order, turns = report.gains(arms, "base", "tuned")
+    order, _ = report.gains(arms, "tuned")
     assert len(rows) == len(set(rows)) == 120 and set(order[:40]) | set(order[-40:]) <= set(rows)
     assert "40 biggest losses" in words
-    assert report.choose_shown(arms, 100) == (list(range(100)), "all dialogues")
+    assert report.choose_shown(arms, 100) == (list(range(100)), "All dialogues")
+    alone = {"base": arms["base"]}
+    assert report.choose_shown(alone, 300)[1] == "120 of 300 dialogues: drawn at random"
+
+
+# --------------------------------------------------------------------------------------------------------------- figures
+
+def axes():
+    return pytest.importorskip("matplotlib.figure").Figure().add_subplot()
+
+
+def test_figures_put_points_and_intervals_where_their_numbers_are():
+    """Catches: turns beside their ticks, an interval around another point, a metric of another arm, a scale of 1."""
+    values = {"IF": [.5, None, .25], "M": [.5, .4, .3], "CC": [.9, .8, .7], "EB": [0, .2, None],
+              "interval_95": {"IF": [[.4, .7], None, [.2, .25]], "M": [[.4, .6]] * 3, "EB": [[0, 0], [-.1, .3], None]}}
+    middle, reach = report.numbers(values | {"interval_95": {"IF": values["interval_95"]["IF"]}}, "IF", 100)
+    assert np.allclose(middle, [50, NAN, 25], equal_nan=True)
+    assert np.allclose(reach, [[10, NAN, 5], [20, NAN, 0]], equal_nan=True)
+    plot = axes()
+    report.paint_lines(plot, {"a": values, "b": values}, {"IF": "words"}, 100)
+    bars = [container for container in plot.containers]
+    for place, bar in zip((-.03, .03), bars):
+        line, _, (spans,) = bar
+        assert np.allclose(line.get_xdata(), np.arange(1, 4) + place)
+        assert np.allclose(line.get_ydata(), [50, NAN, 25], equal_nan=True)
+        assert np.allclose(spans.get_segments()[0], [[1 + place, 40], [1 + place, 70]])
+    plot = axes()
+    report.paint_bars(plot, {"a": values, "b": values}, [("turn 2", "EB", 1), ("turn 3", "EB", 2)])
+    assert [bar.get_height() for bar in plot.patches][::2] == [20, 20]
+    assert [text.get_text() for text in plot.get_xticklabels()] == ["turn 2", "turn 3"]
+    plot = axes()
+    values["interval_95"]["CC"] = [None] * 3
+    report.paint_plane(plot, {"a": values})
+    assert np.allclose(plot.lines[0].get_xydata(), [[50, 90], [NAN, 80], [25, 70]], equal_nan=True)
+    for curve in plot.lines[1:]:
+        O = (curve.get_xdata() * curve.get_ydata()) ** .5
+        assert np.allclose(O, O[0]) and O[0] % 5 == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", ["no success", "one dialogue", "no consistency", "the judge failed"])
+def test_figures_are_drawn_of_poor_results(tmp_path, case, recwarn):
+    """Catches: a division by the highest bar, an axis from 0 to 0, an interval that is not there."""
+    pytest.importorskip("matplotlib")
+    n = 1 if case == "one dialogue" else 4
+    tasks = make_tasks(n, K=K)
+    arms = make_arms({"base": 0 if case == "no success" else .5, "tuned": 0 if case == "no success" else .5}, n)
+    for scores in arms.values():
+        if case in ("no consistency", "the judge failed"):
+            scores.consistency[:] = NAN
+        if case == "the judge failed":
+            scores.success[:] = NAN
+    report.write_report(tmp_path, summarise(arms, tasks), arms, tasks)
+    figures = {f.stem for f in (tmp_path / "figures").iterdir()}
+    assert figures == {"success", "plane", "exposure", "drift", "kinds"} - (
+        {"plane"} if case in ("no consistency", "the judge failed") else set())
+    assert (tmp_path / "report.html").stat().st_size > 1000 and not [str(w.message) for w in recwarn if "divide" in str(w.message)]
+
+
+def test_without_matplotlib_one_line_says_how_to_get_it_and_all_else_is_written(tmp_path, monkeypatch, capsys):
+    """Catches: an evaluation that dies after its last turn, or that says nothing of the figures that are not there."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    tasks = make_tasks(2, K=K)
+    arms = make_arms({"base": .5}, 2)
+    report.write_report(tmp_path, summarise(arms, tasks), arms, tasks)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "pip install matplotlib" in err
+    assert {f.name for f in tmp_path.iterdir()} == {"results.json", "tables.md", "report.html", "sheets"}
+    assert "<h2>Figures" not in (tmp_path / "report.html").read_text()
+
+
+def test_results_without_pictures_are_reported_without_them(tmp_path, monkeypatch):
+    """Catches: EdiVal's own results, whose pictures are elsewhere, that cannot be reported."""
+    monkeypatch.setattr(report, "draw_figures", lambda *_: [])
+    tasks = make_tasks(2, K=K)
+    arms = make_arms({"base": .5, "tuned": .7}, 2, pictures=False)
+    report.write_report(tmp_path, summarise(arms, tasks), arms, tasks)
+    page = (tmp_path / "report.html").read_text()
+    assert "Dialogues</h2>" not in page and "<script" not in page and not (tmp_path / "sheets").exists()
