@@ -33,7 +33,8 @@ FIRST_DIALOGUE = 10 ** 6    # of them: far from those that reinforcement learnin
 
 def pixels(scenes):
     """Scenes as the VAE's input: (n, 3, 48, 48) in [-1, 1], channels last."""
-    x = torch.from_numpy(world.render(scenes)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pictures = torch.from_numpy(world.render(scenes)).permute(0, 3, 1, 2)
+    x = pictures.float() / 127.5 - 1
     return x.to(memory_format=torch.channels_last)
 
 
@@ -42,16 +43,24 @@ def muon_and_adamw(params, hidden, lr):
 
     `params`: {name: parameter}; `hidden`: the names of the hidden matrices.
     """
-    others = [p for name, p in params.items() if name not in hidden]
     matrices = [params[name] for name in hidden]
-    return {"adamw": torch.optim.AdamW(others, lr, betas=(.9, .99), weight_decay=1e-2),
-            "muon": torch.optim.Muon(matrices, lr, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw")}
+    others = [p for name, p in params.items() if name not in hidden]
+    muon = torch.optim.Muon(matrices, lr, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, lr, betas=(.9, .99), weight_decay=1e-2)
+    return {"adamw": adamw, "muon": muon}
+
+
+def scheduled(optimizers, share):
+    """A schedule for each optimizer: share(step) of its learning rate. {name: optimizer} -> {name: schedule}."""
+    schedule = torch.optim.lr_scheduler.LambdaLR
+    return {f"{name} schedule": schedule(optimizer, share) for name, optimizer in optimizers.items()}
 
 
 def save_progress(path, step, parts, **more):
-    """Write a checkpoint, whole or not at all: the state of parts {name: module, optimizer or schedule}, and what else."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    write_whole(path, lambda file: torch.save({"step": step, "parts": state, **more}, file))
+    """Write a checkpoint, whole or not at all: the states of parts {name: module, optimizer, schedule}, and more."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    checkpoint = {"step": step, "parts": states, **more}
+    write_whole(path, lambda file: torch.save(checkpoint, file))
 
 
 def load_progress(path, parts):
@@ -68,8 +77,9 @@ def load_progress(path, parts):
 
 def crowd(rng):
     """A scene with any content in any cell: denser than a task's, so that the VAE sees every object often."""
-    cells = tuple(rng.choice(world.CONTENTS) if rng.random() < .7 else None for _ in range(9))
-    return world.Scene(rng.choice(list(world.BACKGROUNDS)), cells)
+    cells = [rng.choice(world.CONTENTS) if rng.random() < .7 else None for _ in range(9)]
+    background = rng.choice(list(world.BACKGROUNDS))
+    return world.Scene(background, tuple(cells))
 
 
 def build_vae():
@@ -88,32 +98,36 @@ def train_vae(work, steps, batch=16, lr=1.5e-3):
     """Reconstruct crowded scenes; the learning rate falls to 2 % on the way. Returns the VAE."""
     vae = build_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr, betas=(.9, .99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, 1.02 - i / steps))
-    parts = {"vae": vae, "optimizer": optimizer, "schedule": schedule}
+    schedules = scheduled({"vae": optimizer}, lambda i: min((i + 1) / 50, 1.02 - i / steps))
+    parts = {"vae": vae, "optimizer": optimizer, **schedules}
+    # where an earlier run stopped
     saved = load_progress(work / "vae.pt", parts)
     if "rng" in saved:
         torch.set_rng_state(saved["rng"])
 
     bar = tqdm(range(saved["step"], steps), initial=saved["step"], total=steps, desc="vae")
     for step in bar:
+        # reconstruct, in bfloat16
         rng = random.Random(f"vae {step}")
         x = pixels([crowd(rng) for _ in range(batch)])
         with torch.autocast("cpu", torch.bfloat16):
             latent = vae.encode(x).latent_dist
             y = vae.decode(latent.sample()).sample
 
+        # the errors of the picture, and a little of what keeps latents near a standard normal
         error = y.float() - x
+        l1, l2 = error.abs().mean(), error.square().mean()
         mean, log_variance = latent.mean.float(), latent.logvar.float()
         kl = .5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).mean()
-        loss = error.abs().mean() + error.square().mean() + 1e-6 * kl
+        loss = l1 + l2 + 1e-6 * kl
 
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1)
-        optimizer.step()
-        schedule.step()
+        for part in (optimizer, *schedules.values()):
+            part.step()
         if step % 20 == 0:
-            bar.set_postfix(l1=f"{error.abs().mean():.4f}", mse=f"{error.square().mean():.5f}", kl=f"{kl:.2f}")
+            bar.set_postfix(l1=f"{l1:.4f}", mse=f"{l2:.5f}", kl=f"{kl:.2f}")
         if (step + 1) % 500 == 0 or step + 1 == steps:
             save_progress(work / "vae.pt", step + 1, parts, rng=torch.get_rng_state())
     return vae
@@ -127,13 +141,17 @@ def read_back(vae, n=500, seed=1):
     """
     rng = random.Random(seed)
     scenes = [world.sample_scene(rng) for _ in range(n)]
-    parts = [vae.decode(vae.encode(x).latent_dist.mode()).sample for x in pixels(scenes).split(100)]
-    y = torch.cat(parts).clamp(-1, 1)
-    pictures = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    parts = []
+    for x in pixels(scenes).split(100):
+        latent = vae.encode(x).latent_dist.mode()
+        parts.append(vae.decode(latent).sample)
+    y = (torch.cat(parts).clamp(-1, 1) + 1) * 127.5
+    seen = world.read(y.round().byte().permute(0, 2, 3, 1).numpy())
+
     ground, contents = world.encode_scenes(scenes)
-    seen_ground, seen, distance, _ = world.read(pictures)
-    right = (seen == contents).all(1) & (seen_ground == ground)
-    return right.mean(), (seen == contents).mean(), distance.min(2).mean()
+    right_cells = seen.contents == contents
+    right = right_cells.all(1) & (seen.background == ground)
+    return right.mean(), right_cells.mean(), seen.distance.min(2).mean()
 
 
 # ------------------------------------------------------------------------------------------------------- the pipeline
@@ -141,8 +159,11 @@ def read_back(vae, n=500, seed=1):
 def build_tokenizers():
     """A BPE tokenizer (CLIP's kind) and a unigram one (T5's kind) over the world's own words; letters as a fallback."""
     from transformers import T5Tokenizer
-    dialogues = world.dialogues("train", 5000, 3)
-    words = sorted({word for instructions, _, _ in dialogues for text in instructions for word in text.split()})
+    found = set()
+    for instructions, _, _ in world.dialogues("train", 5000, 3):
+        for text in instructions:
+            found.update(text.split())
+    words = sorted(found)
     letters = list("abcdefghijklmnopqrstuvwxyz")
 
     # T5: pieces with their log-probabilities; a word as a whole is likelier than its letters
@@ -179,8 +200,9 @@ def build_text_encoders(clip_tokenizer, t5_tokenizer):
         pad_token_id=clip_tokenizer.pad_token_id, bos_token_id=clip_tokenizer.bos_token_id,
         eos_token_id=clip_tokenizer.eos_token_id))
     t5 = T5EncoderModel(T5Config(
-        vocab_size=len(t5_tokenizer), d_model=64, d_kv=16, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.,
-        feed_forward_proj="gated-gelu", relative_attention_num_buckets=8, relative_attention_max_distance=16))
+        vocab_size=len(t5_tokenizer), feed_forward_proj="gated-gelu", dropout_rate=0.,
+        d_model=64, d_kv=16, d_ff=256, num_layers=2, num_heads=4,
+        relative_attention_num_buckets=8, relative_attention_max_distance=16))
     return clip, t5
 
 
@@ -203,7 +225,7 @@ def build_pipeline(vae):
 
 @torch.no_grad()
 def encode_dialogues(pipe, n, work):
-    """Latents and token ids of n training dialogues, made once and kept on disk: every turn starts from a clean picture.
+    """Latents and token ids of n training dialogues, made once and kept on disk: each turn starts from a clean picture.
 
     Returns z (n, 4, 9, 64) float16, packed and not normalised, CLIP's ids (n, 3, 24) and T5's (n, 3, 14).
     """
@@ -215,9 +237,11 @@ def encode_dialogues(pipe, n, work):
         batch = world.dialogues("train", min(100, n - start), 3, start=FIRST_DIALOGUE + start)
         scenes = [scene for _, _, scenes in batch for scene in scenes]
         with torch.autocast("cpu", torch.bfloat16):
-            latent = pipe.vae.encode(pixels(scenes)).latent_dist.mode().contiguous()
-        side = 2 * world.GRID                         # a cell is 2 x 2 latent pixels, one token
-        z.append(pipe._pack_latents(latent, len(latent), VAE["latent_channels"], side, side).half())
+            latent = pipe.vae.encode(pixels(scenes)).latent_dist.mode()
+        # a cell of the grid is 2 x 2 latent pixels, one token
+        side = 2 * world.GRID
+        tokens = pipe._pack_latents(latent.contiguous(), len(latent), VAE["latent_channels"], side, side)
+        z.append(tokens.half())
         texts += [text for instructions, _, _ in batch for text in instructions]
 
     ids = []
@@ -231,33 +255,39 @@ def encode_dialogues(pipe, n, work):
 
 def flow_loss(pipe, context, x_0, eps, t, clip_ids, t5_ids):
     """Flow matching: the transformer at x_t should say v = eps - x_0. Latents (n, 9, 64), t (n,), token ids (n, L)."""
-    x_t = (1 - t)[:, None, None] * x_0 + t[:, None, None] * eps
+    share = t[:, None, None]
+    x_t = (1 - share) * x_0 + share * eps
     ids = pipe._prepare_latent_image_ids(1, world.GRID, world.GRID, "cpu", torch.float32)
     img_ids = torch.cat([ids, ids + torch.tensor([1., 0, 0])])      # the context's first id is 1, as in Kontext
     v = pipe.transformer(
         hidden_states=torch.cat([x_t, context], 1), timestep=t, img_ids=img_ids,
-        txt_ids=torch.zeros(t5_ids.shape[1], 3), pooled_projections=pipe.text_encoder(clip_ids).pooler_output,
-        encoder_hidden_states=pipe.text_encoder_2(t5_ids)[0], return_dict=False)[0]
-    return (v[:, :x_0.shape[1]] - (eps - x_0)).square().mean()
+        pooled_projections=pipe.text_encoder(clip_ids).pooler_output,
+        encoder_hidden_states=pipe.text_encoder_2(t5_ids)[0],
+        txt_ids=torch.zeros(t5_ids.shape[1], 3), return_dict=False)[0]
+    v = v[:, :x_0.shape[1]]
+    return (v - (eps - x_0)).square().mean()
 
 
 def train_flow(work, vae, steps, batch=128, lr=2e-3):
     """Flow matching on clean single edits, text encoders included; returns the pipeline with the averaged weights."""
+    # clean latents, normalised as the pipeline will do it
     pipe = build_pipeline(vae.eval().requires_grad_(False))
     z, clip_ids, t5_ids = encode_dialogues(pipe, DIALOGUES, work)
     sample = z[:2000].float()
     vae.register_to_config(scaling_factor=1 / sample.std().item(), shift_factor=sample.mean().item())
     z = (z.float() - vae.config.shift_factor) * vae.config.scaling_factor
 
+    # what is trained, and how
     models = {"transformer": pipe.transformer, "clip": pipe.text_encoder, "t5": pipe.text_encoder_2}
     models = torch.nn.ModuleDict(models).requires_grad_(True).train()
     params = dict(models.named_parameters())
-    hidden = [name for name, p in params.items() if "transformer_blocks" in name and p.ndim == 2 and "norm" not in name]
-    optimizers = muon_and_adamw(params, hidden, lr)
-    schedules = {f"{name} schedule": torch.optim.lr_scheduler.LambdaLR(o, lambda i: min((i + 1) / 100, 1))
-                 for name, o in optimizers.items()}
+    blocks = [name for name in params if "transformer_blocks" in name and "norm" not in name]
+    optimizers = muon_and_adamw(params, [name for name in blocks if params[name].ndim == 2], lr)
+    schedules = scheduled(optimizers, lambda i: min((i + 1) / 100, 1))
     params = list(params.values())
     generator = torch.Generator().manual_seed(0)
+
+    # where an earlier run stopped
     parts = {"models": models, **optimizers, **schedules}
     saved = load_progress(work / "flow.pt", parts)
     ema = saved.get("ema") or [p.detach().clone() for p in params]
@@ -266,6 +296,7 @@ def train_flow(work, vae, steps, batch=128, lr=2e-3):
 
     bar = tqdm(range(saved["step"], steps), initial=saved["step"], total=steps, desc="flow")
     for step in bar:
+        # one turn of each of `batch` dialogues, at a time that is often in the middle
         row = torch.randint(len(z), (batch,), generator=generator)
         turn = torch.randint(3, (batch,), generator=generator)
         context, x_0 = z[row, turn], z[row, turn + 1]
@@ -278,7 +309,8 @@ def train_flow(work, vae, steps, batch=128, lr=2e-3):
         torch.nn.utils.clip_grad_norm_(params, 1)
         for part in (*optimizers.values(), *schedules.values()):
             part.step()
-        torch._foreach_lerp_(ema, params, 1 - min(.99, (1 + step) / (10 + step)))
+        decay = min(.99, (1 + step) / (10 + step))
+        torch._foreach_lerp_(ema, params, 1 - decay)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss:.4f}")
         if (step + 1) % 100 == 0:

@@ -25,7 +25,7 @@ from data import Parser, run_main
 from model import write_whole
 from rollout import Task, rollout
 from shapes import world
-from shapes.make_editor import load_progress, muon_and_adamw, save_progress
+from shapes.make_editor import load_progress, muon_and_adamw, save_progress, scheduled
 
 HERE = Path(__file__).parent
 REWARDS = ("following", "consistency")
@@ -43,7 +43,11 @@ def other_object(rng, old):
     """A random object, often one that shares an attribute with the old one."""
     if old is None:
         return rng.choice(TRAINED_ON)
-    alike = [o for o in TRAINED_ON if sum(a == b for a, b in zip(o, old)) == rng.randint(0, 2)]
+    alike = []
+    for new in TRAINED_ON:
+        shared = sum(a == b for a, b in zip(new, old))
+        if shared == rng.randint(0, 2):
+            alike.append(new)
     return rng.choice(alike or TRAINED_ON)
 
 
@@ -53,7 +57,8 @@ def careless_edit(rng, actual, before, want):
     `actual` is the scene of its picture so far; `before` and `want` are the scenes before and after the edit as asked.
     Returns the scene that it draws, and how much of it shows (1 = all, less = the picture so far shines through).
     """
-    outcome = rng.choices(["right", "nothing", "half", "wrong", "elsewhere", "side effects"], [50, 12, 10, 12, 8, 14])[0]
+    chances = {"right": 50, "nothing": 12, "half": 10, "wrong": 12, "elsewhere": 8, "side effects": 14}
+    (outcome,) = rng.choices(list(chances), list(chances.values()))
     cells, ground, share = list(actual.cells), actual.background, 1.
     places = [i for i in range(9) if before.cells[i] != want.cells[i]]
     if outcome == "nothing":
@@ -70,13 +75,16 @@ def careless_edit(rng, actual, before, want):
             cells[i] = actual.cells[i]
     elif outcome == "wrong":
         for i in rng.sample(places, min(len(places), 1)):
-            cells[i] = rng.choice([other_object(rng, want.cells[i]), None, other_object(rng, want.cells[i])])
+            one, another = other_object(rng, want.cells[i]), other_object(rng, want.cells[i])
+            cells[i] = rng.choice([one, None, another])
         if not places:
             ground = rng.choice(list(world.BACKGROUNDS))
     elif outcome in ("elsewhere", "side effects"):
         untouched = [i for i in range(9) if i not in places]
-        for i in rng.sample(untouched, rng.choice([1, 1, 1, 2, 2, 3, 5, 7])):
-            cells[i] = rng.choice([None, other_object(rng, cells[i]), other_object(rng, None)])
+        count = rng.choice([1, 1, 1, 2, 2, 3, 5, 7])
+        for i in rng.sample(untouched, count):
+            alike, any_object = other_object(rng, cells[i]), other_object(rng, None)
+            cells[i] = rng.choice([None, alike, any_object])
         if outcome == "elsewhere":
             for i in places:
                 cells[i] = actual.cells[i]
@@ -88,10 +96,11 @@ def careless_edit(rng, actual, before, want):
 def wear(rng, cells):
     """Blur some cells or all, add noise and a colour cast, sometimes: cells (9, 16, 16, 3) in 0..255."""
     if rng.random() < .35:
-        shifted = [np.roll(cells, (i, j), (1, 2)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-        soft = sum(shifted) / 9
+        around = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+        soft = sum(np.roll(cells, shift, (1, 2)) for shift in around) / 9
         hit = np.array([rng.random() < rng.choice([.2, 1.]) for _ in range(9)])
-        cells = np.where(hit[:, None, None, None], cells + rng.uniform(.1, 1) * (soft - cells), cells)
+        blurred = cells + rng.uniform(.1, 1) * (soft - cells)
+        cells = np.where(hit[:, None, None, None], blurred, cells)
     noise = np.random.default_rng(rng.getrandbits(32))
     if rng.random() < .5:
         grain = rng.uniform(0, 14) * noise.standard_normal(cells.shape)
@@ -109,12 +118,16 @@ def botch(rng, scenes):
     pictures = [cells]
     for before, want in zip(scenes, scenes[1:]):
         new, share = careless_edit(rng, actual, before, want)
-        redrawn = np.array([new.background != actual.background or a != b for a, b in zip(new.cells, actual.cells)])
-        cells = np.where(redrawn[:, None, None, None], share * draw(new) + (1 - share) * cells, cells)
+        everywhere = new.background != actual.background
+        redrawn = np.array([everywhere or a != b for a, b in zip(new.cells, actual.cells)])
+        drawn = share * draw(new) + (1 - share) * cells
+        cells = np.where(redrawn[:, None, None, None], drawn, cells)
         cells, actual = wear(rng, cells), new
         pictures.append(cells)
-    pictures = np.stack(pictures).reshape(-1, 3, 3, 16, 16, 3).transpose(0, 1, 3, 2, 4, 5)
-    return pictures.reshape(-1, world.SIZE, world.SIZE, 3).round().astype(np.uint8)
+    # from cells back to pictures
+    pictures = np.stack(pictures).reshape(-1, 3, 3, 16, 16, 3)
+    pictures = pictures.transpose(0, 1, 3, 2, 4, 5).reshape(-1, world.SIZE, world.SIZE, 3)
+    return pictures.round().astype(np.uint8)
 
 
 def edited(tasks, split, start):
@@ -122,7 +135,8 @@ def edited(tasks, split, start):
 
     It samples as in training (stochastic steps too) and as in evaluation, with 6 to 8 steps.
     """
-    editor, images, rng = model.load(str(HERE / "editor")), [], random.Random(start)
+    editor = model.load(str(HERE / "editor"))
+    images, rng = [], random.Random(start)
     for first in tqdm(range(0, len(tasks), 50), desc=f"editor {start}"):
         noise, T = {}, 8
         if split == "train":
@@ -130,7 +144,8 @@ def edited(tasks, split, start):
                 first_step = rng.randint(0, 2)
                 noise = dict(eta=.8, window=range(first_step, first_step + 3))
             T = rng.choice([6, 8])
-        done = rollout(editor, tasks[first:first + 50], 1, 3, T, (start, first), keep=False, **noise)
+        some = tasks[first:first + 50]
+        done = rollout(editor, some, 1, 3, T, (start, first), keep=False, **noise)
         images.append(done.images)
     return torch.cat(images)
 
@@ -146,8 +161,12 @@ def edits(work, part, split, start, n):
         if part == "editor":
             images = edited(tasks, split, start)
         else:
-            pictures = [botch(random.Random(f"botch {start + i}"), task.meta["scenes"]) for i, task in enumerate(tasks)]
-            images = torch.from_numpy(np.stack(pictures)).permute(0, 1, 4, 2, 3).contiguous()
+            pictures = []
+            for i, task in enumerate(tasks):
+                rng = random.Random(f"botch {start + i}")
+                pictures.append(botch(rng, task.meta["scenes"]))
+            images = torch.from_numpy(np.stack(pictures))
+            images = images.permute(0, 1, 4, 2, 3).contiguous()
         write_whole(file, lambda path: torch.save(images, path))
     return tasks, torch.load(file, weights_only=True)
 
@@ -167,23 +186,29 @@ def look(tasks, images):
     """Label dialogues (n tasks, images (n, K+1, 3, 48, 48) uint8), turn by turn and as a whole."""
     n, K = len(tasks), images.shape[1] - 1
     pictures = images.permute(0, 1, 3, 4, 2).numpy()
+    dialogues = [task.meta["scenes"] for task in tasks]
+    all_spans = {"turn": [(k, k + 1) for k in range(K)], "trajectory": [(0, K)]}
     scores, texts, cells = {}, {}, {}
-    for scoring, spans in (("turn", [(k, k + 1) for k in range(K)]), ("trajectory", [(0, K)])):
+    for scoring, spans in all_spans.items():
         scores[scoring] = np.full((n, len(spans), 2), np.nan, np.float32)
         texts[scoring] = [[None] * len(spans) for _ in range(n)]
         cells[scoring] = np.full((n, len(spans), 2, 2, 9), -1)
         for column, (a, b) in enumerate(spans):
-            dialogues = [task.meta["scenes"] for task in tasks]
-            rows = [i for i in range(n) if dialogues[i][a] != dialogues[i][b]]      # else there is nothing to follow
-            scenes = [dialogues[i][:b + 1] if scoring == "turn" else [dialogues[i][0], dialogues[i][K]] for i in rows]
+            # where the edits undo each other there is nothing to follow
+            rows = [i for i in range(n) if dialogues[i][a] != dialogues[i][b]]
+            if scoring == "turn":
+                scenes = [dialogues[i][:b + 1] for i in rows]
+            else:
+                scenes = [[dialogues[i][0], dialogues[i][K]] for i in rows]
             after, before = pictures[rows, b], pictures[rows, a]
             _, following, consistency = world.judge(after, before, scenes)
             seen, seen_before = world.read(after), world.read(before)
             scores[scoring][rows, column] = np.stack([following, consistency], 1)
             cells[scoring][rows, column] = label_cells(scenes, seen, seen_before)
             for j, i in enumerate(rows):
-                texts[scoring][i][column] = (tell_following(scenes[j], seen, j),
-                                             tell_consistency(scenes[j], seen, seen_before, j))
+                did = tell_following(scenes[j], seen, j)
+                kept = tell_consistency(scenes[j], seen, seen_before, j)
+                texts[scoring][i][column] = did, kept
     return Labelled(tasks, images, scores, texts, cells)
 
 
@@ -209,7 +234,9 @@ def label_cells(scenes, seen, seen_before):
 
 
 def describe(content):
-    return "nothing" if content is None else " ".join((content.color, content.material, content.shape))
+    if content is None:
+        return "nothing"
+    return f"{content.color} {content.material} {content.shape}"
 
 
 def sharpness(error):
@@ -262,23 +289,31 @@ def build_tokenizer():
     """A tokenizer of whole words: the world's, and each part of our own questions as one token, half the work."""
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    asked = [text for rubrics in reward.RUBRICS.values() for text in rubrics.values()] + list(reward.ANSWERS.values())
-    phrases = sorted({part.strip() for text in asked for part in re.split("{instructions?}", text)})
-    texts = asked + [text for instructions, _, _ in world.dialogues("train", 5000, 3) for text in instructions]
-    texts += ["wanted seen nothing blur sharp soft bad changed background", *world.PLACES, *world.BACKGROUNDS]
+    # all that it is ever asked or says
+    asked = list(reward.ANSWERS.values())
+    for rubrics in reward.RUBRICS.values():
+        asked += rubrics.values()
+    texts = asked + ["wanted seen nothing blur sharp soft bad changed background", *world.PLACES, *world.BACKGROUNDS]
     texts += [describe(content) for content in world.CONTENTS]
+    for instructions, _, _ in world.dialogues("train", 5000, 3):
+        texts += instructions
 
+    phrases, found = set(), set()
     split = pre_tokenizers.Split(Regex(r"[^\w<>/]+"), "removed")
-    found = {word for text in texts for word, _ in split.pre_tokenize_str(text.lower())}
+    for text in asked:
+        phrases.update(part.strip() for part in re.split("{instructions?}", text))
+    for text in texts:
+        found.update(word for word, _ in split.pre_tokenize_str(text.lower()))
     words = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "<answer>", *"0123456789", THINK, "}"]
     words += sorted(found - set("0123456789"))
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    numbers = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = split
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
         additional_special_tokens=["<image>", "<answer>"], padding_side="left")
-    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in sorted(phrases)])
     return tokenizer
 
 
@@ -296,8 +331,8 @@ def build_judge():
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     tokenizer = build_tokenizer()
-    pictures = CLIPImageProcessorPil(
-        size={"height": world.SIZE, "width": world.SIZE}, do_center_crop=False, image_mean=[.5] * 3, image_std=[.5] * 3)
+    size = {"height": world.SIZE, "width": world.SIZE}
+    pictures = CLIPImageProcessorPil(size=size, do_center_crop=False, image_mean=[.5] * 3, image_std=[.5] * 3)
     processor = LlavaProcessor(
         pictures, tokenizer, patch_size=world.CELL, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=TEMPLATE)
@@ -330,9 +365,10 @@ class Questions(NamedTuple):
 
 
 def ask(kind, images, instructions):
-    """The question (pictures, text) that reward.py asks about pictures (k+2, 3, 48, 48) and the k+1 instructions so far."""
+    """The question (pictures, text) that reward.py asks about pictures (k+2, 3, 48, 48) and k+1 instructions so far."""
     scoring, name, reasoning = kind
-    return reward.VLMJudge(reward.RUBRICS[scoring], scoring, reasoning).prompt(name, images, instructions)
+    judge = reward.VLMJudge(reward.RUBRICS[scoring], scoring, reasoning)
+    return judge.prompt(name, images, instructions)
 
 
 def draw_questions(rng, kind, n, parts, tokenizer):
@@ -342,14 +378,18 @@ def draw_questions(rng, kind, n, parts, tokenizer):
     word = tokenizer.convert_tokens_to_ids
     rows, pixels, marks, cells = [], [], [], []
     while len(rows) < n:
+        # a turn of a dialogue that has a score
         part = parts[rng.randrange(len(parts))]
-        i, turn = rng.randrange(len(part.tasks)), rng.randrange(part.scores[scoring].shape[1])
-        score = float(part.scores[scoring][i, turn, column_of])
+        scores = part.scores[scoring]
+        i, turn = rng.randrange(len(part.tasks)), rng.randrange(scores.shape[1])
+        score = float(scores[i, turn, column_of])
         if np.isnan(score):
             continue
         k = turn if scoring == "turn" else 2
-        pictures, text = ask(kind, part.images[i, :k + 2], part.tasks[i].instructions[:k + 1])
+        instructions = part.tasks[i].instructions[:k + 1]
+        pictures, text = ask(kind, part.images[i, :k + 2], instructions)
 
+        # as token ids: nine for each picture, one for each cell
         prompt = [word("<s>")] + tokenizer(text, add_special_tokens=False).input_ids
         prompt += [word("<image>")] * 9 * len(pictures) + [word("<answer>")]
         digit = str(round(MARKS * score))
@@ -362,30 +402,42 @@ def draw_questions(rng, kind, n, parts, tokenizer):
         marks.append(MARKS * score)
         cells.append(part.cells[scoring][i, turn, column_of])
 
+    # padded on the left, so that all answers end together
     L = max(len(prompt) + len(answer) for prompt, answer in rows)
-    ids, labels = torch.zeros(n, L, dtype=torch.long), torch.full((n, L), -100)
+    ids = torch.zeros(n, L, dtype=torch.long)
+    labels = torch.full((n, L), -100)
     for i, (prompt, answer) in enumerate(rows):
-        ids[i, L - len(prompt) - len(answer):] = torch.tensor(prompt + answer)
+        both = prompt + answer
+        ids[i, L - len(both):] = torch.tensor(both)
         labels[i, L - len(answer):] = torch.tensor(answer)
-    place = L - 3 if reasoning == "think" else L - 2
-    return Questions(ids, (ids != 0).long(), labels, torch.cat(pixels).float() / 127.5 - 1, place,
-                     torch.tensor(marks), torch.from_numpy(np.stack(cells)))
+    return Questions(
+        ids=ids, mask=(ids != 0).long(), labels=labels, pixels=torch.cat(pixels).float() / 127.5 - 1,
+        place=L - 3 if reasoning == "think" else L - 2, marks=torch.tensor(marks),
+        cells=torch.from_numpy(np.stack(cells)))
 
 
 # ------------------------------------------------------------------------------------------------------------ training
 
-# shape, colour, material of every content, 0 = nothing; the last row, that of content -1, where nobody can tell
-FEATURES = torch.tensor([[0, 0, 0]] + [
-    [1 + world.SHAPES.index(o.shape), 1 + list(world.COLORS).index(o.color), 1 + world.MATERIALS.index(o.material)]
-    for o in world.CONTENTS[1:]] + [[-1, -1, -1]])
-SIZES = [1 + len(world.SHAPES), 1 + len(world.COLORS), 1 + len(world.MATERIALS)]
+NAMES = world.SHAPES, tuple(world.COLORS), world.MATERIALS
+SIZES = [1 + len(names) for names in NAMES]             # 0 = nothing
+
+
+def feature_table():
+    """Shape, colour and material of every content as numbers (110, 3); the last row, content -1: nobody can tell."""
+    rows = [[0, 0, 0]]
+    for content in world.CONTENTS[1:]:
+        rows.append([1 + names.index(feature) for names, feature in zip(NAMES, content)])
+    return torch.tensor(rows + [[-1, -1, -1]])
+
+
+FEATURES = feature_table()
 
 
 def content_loss(logits, contents, weight):
     """Cross-entropy of shape, colour and material: logits (n, sum(SIZES)), contents (n,) with -1 = nobody can tell."""
     loss = 0
-    for feature, part in enumerate(logits.split(SIZES, 1)):
-        loss = loss + F.cross_entropy(part, FEATURES[contents, feature], ignore_index=-1, reduction="none")
+    for part, true in zip(logits.split(SIZES, 1), FEATURES[contents].unbind(1)):
+        loss = loss + F.cross_entropy(part, true, ignore_index=-1, reduction="none")
     return (loss * weight).sum() / weight.sum()
 
 
@@ -401,8 +453,9 @@ def answer_losses(logits, questions, zero):
     logp = logits.log_softmax(-1)
     low = questions.marks.floor().clamp(max=MARKS - 1)
     low_share, high_share = low + 1 - questions.marks, questions.marks - low
-    of_low = logp[digit].gather(1, (zero + low.long())[:, None])[:, 0]
-    of_high = logp[digit].gather(1, (zero + low.long() + 1)[:, None])[:, 0]
+    token = (zero + low.long())[:, None]
+    of_low = logp[digit].gather(1, token)[:, 0]
+    of_high = logp[digit].gather(1, token + 1)[:, 0]
     score = -(low_share * of_low + high_share * of_high).mean()
     return score, F.nll_loss(logp[~digit], answers[spoken][~digit])
 
@@ -423,19 +476,20 @@ def losses(judge, readers, questions, image, zero):
     score, words = answer_losses(logits, questions, zero)
 
     # what is in each cell of each picture, as the exact judge reads it
-    pictures = ((questions.pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    reading = world.read(pictures)
-    seen = seen.view(len(pictures), 9, -1)
+    pictures = ((questions.pixels + 1) * 127.5).round().byte()
+    reading = world.read(pictures.permute(0, 2, 3, 1).numpy())
     contents, ground = torch.from_numpy(reading.contents).flatten(), torch.from_numpy(reading.background)
-    seen_loss = content_loss(seen[..., :sum(SIZES)].flatten(0, 1), contents, torch.ones(len(contents)))
-    seen_loss = seen_loss + F.cross_entropy(seen[..., sum(SIZES):].mean(1), ground, ignore_index=-1)
+    of_contents, of_ground = seen.view(len(pictures), 9, -1).tensor_split([sum(SIZES)], -1)
+    seen_loss = content_loss(of_contents.flatten(0, 1), contents, torch.ones(len(contents)))
+    seen_loss = seen_loss + F.cross_entropy(of_ground.mean(1), ground, ignore_index=-1)
 
     # what should be in each cell of the last picture, and whether it is; few cells are asked for, and they matter most
     content, verdict = questions.cells[:, 0].flatten(), questions.cells[:, 1].flatten()
     weight = 1 + 3. * (verdict < 2)
-    verdict_loss = F.cross_entropy(right, verdict, reduction="none")
-    return {"score": score, "words": words, "seen": seen_loss, "should": content_loss(should, content, weight),
-            "right": (verdict_loss * weight).sum() / weight.sum()}
+    should_loss = content_loss(should, content, weight)
+    right_loss = F.cross_entropy(right, verdict, reduction="none")
+    right_loss = (right_loss * weight).sum() / weight.sum()
+    return {"score": score, "words": words, "seen": seen_loss, "should": should_loss, "right": right_loss}
 
 
 def label_all(work, dialogues):
@@ -447,6 +501,15 @@ def label_all(work, dialogues):
     return parts
 
 
+def build_readers(width):
+    """Linear readers of hidden states: what is in a cell, what should be, and which of the four verdicts it gets."""
+    contents = sum(SIZES)
+    return torch.nn.ModuleDict({
+        "seen": torch.nn.Linear(width, contents + len(world.BACKGROUNDS)),
+        "should": torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, contents)),
+        "right": torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, 4))})
+
+
 def train_judge(work, steps, batch=32, lr=2e-3, dialogues=4000):
     """Train the judge on the exact judge's answers; returns it and its processor.
 
@@ -456,38 +519,37 @@ def train_judge(work, steps, batch=32, lr=2e-3, dialogues=4000):
     hardly learned.
     """
     judge, processor = build_judge()
-    judge.set_attn_implementation("eager")                 # a third faster than the others, backward on a CPU in bfloat16
+    # a third faster than the others, backward on a CPU in bfloat16
+    judge.set_attn_implementation("eager")
     image, zero = processor.tokenizer.convert_tokens_to_ids(["<image>", "0"])
     parts = label_all(work, dialogues)
-    width, contents = 128, sum(SIZES)
-    readers = torch.nn.ModuleDict({
-        "seen": torch.nn.Linear(width, contents + len(world.BACKGROUNDS)),
-        "should": torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, contents)),
-        "right": torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, 4))})
+    readers = build_readers(width=128)
     params = dict(judge.named_parameters())
     params |= {f"reader.{name}": p for name, p in readers.named_parameters()}
     hidden = [name for name, p in params.items() if ".layers." in name and p.ndim == 2]
     optimizers = muon_and_adamw(params, hidden, lr)
-    schedules = {f"{name} schedule": torch.optim.lr_scheduler.LambdaLR(o, lambda i: min((i + 1) / 100, 1.02 - i / steps))
-                 for name, o in optimizers.items()}
+    schedules = scheduled(optimizers, lambda i: min((i + 1) / 100, 1.02 - i / steps))
     progress = {"judge": judge, "readers": readers, **optimizers, **schedules}
     start, averages = load_progress(work / "judge.pt", progress)["step"], {}
 
     judge.train()
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="judge")
     for step in bar:
-        # whole trajectories, which are fewer, at every fourth step only
+        # one batch of each kind of question; of whole trajectories, which are fewer, at every fourth step only
         rng = random.Random(f"judge {step}")
-        for kind in KINDS if step % 4 == 0 else [kind for kind in KINDS if kind[0] == "turn"]:
-            n = batch if kind[0] == "turn" else batch // 2
+        for scoring, name, reasoning in KINDS:
+            if scoring == "trajectory" and step % 4:
+                continue
+            kind, n = (scoring, name, reasoning), batch if scoring == "turn" else batch // 2
             questions = draw_questions(rng, kind, n, parts, processor.tokenizer)
             loss = losses(judge, readers, questions, image, zero)
-            share = 1. if kind[2] == "think" else .1       # a digit's only other word is that it ends
+            # a digit's only other word is that it ends
+            share = 1. if reasoning == "think" else .1
             total = loss["score"] + share * loss["words"] + .3 * loss["seen"] + loss["should"] + loss["right"]
             total.backward()
-            for name, value in loss.items():
-                name = f"{'-'.join(kind)} {name}"
-                averages[name] = .98 * averages.get(name, value.item()) + .02 * value.item()
+            for part, value in loss.items():
+                part = f"{scoring}-{name}-{reasoning} {part}"
+                averages[part] = .98 * averages.get(part, value.item()) + .02 * value.item()
         torch.nn.utils.clip_grad_norm_(params.values(), 1)
         for part in (*optimizers.values(), *schedules.values()):
             part.step()
@@ -514,10 +576,13 @@ def single_votes(judge, tasks, images, votes):
     for vote in range(votes):
         turns = []
         for k in range(3):
-            questions = [judge.prompt(name, images[i, :k + 2], task.instructions[:k + 1])
-                         for name in judge.names for i, task in enumerate(tasks)]
+            questions = []
+            for name in judge.names:
+                for task, pictures in zip(tasks, images[:, :k + 2]):
+                    questions.append(judge.prompt(name, pictures, task.instructions[:k + 1]))
             answers = judge.answer(questions, [vote] * len(questions))
-            turns.append(np.array([score for score, _ in answers]).reshape(len(judge.names), len(tasks)).T)
+            scores = np.array([score for score, _ in answers])
+            turns.append(scores.reshape(len(judge.names), len(tasks)).T)
         rounds.append(np.concatenate(turns))
     return np.stack(rounds)
 
@@ -531,9 +596,11 @@ def report(folder, work, n=200, votes=4):
     """
     tasks, images = edits(work, "editor", "test", 0, n)
     exact_judge = reward.load("exact")
-    exact = torch.cat([exact_judge(tasks, images[:, :k + 2], k) for k in range(3)]).numpy()      # (3 n, 3)
+    turns = [exact_judge(tasks, images[:, :k + 2], k) for k in range(3)]
+    exact = torch.cat(turns).numpy()                       # (3 n, 3)
     lines = ["reasoning  votes  reward       corr    AUC    bias  spread  failed  s / 1,000"]
-    for reasoning, count in (("logits", 1), ("direct", 1), ("direct", votes), ("think", 1), ("think", votes)):
+    ways = [("logits", 1), ("direct", 1), ("direct", votes), ("think", 1), ("think", votes)]
+    for reasoning, count in ways:
         judge = reward.load(str(folder), reasoning=reasoning, votes=count)
         start = time.process_time()
         draws = single_votes(judge, tasks, images, count)
@@ -547,7 +614,7 @@ def report(folder, work, n=200, votes=4):
 
 
 def compare(draws, truth, good):
-    """Columns of the report: scores of single votes (votes, m) against the exact scores (m,), and which are good (m,)."""
+    """Columns of the report: scores of single votes (votes, m) against the exact ones (m,); which are good (m,)."""
     score = np.nanmean(draws, 0)
     known = ~np.isnan(score)
     score, truth, good = score[known], truth[known], good[known]

@@ -41,7 +41,8 @@ class Scene(NamedTuple):
     cells: tuple  # 9 entries, row by row: an Object or None
 
 
-CONTENTS = (None,) + tuple(Object(s, c, m) for s in SHAPES for c in COLORS for m in MATERIALS)  # 109: what a cell can hold
+# what a cell can hold, 109 things
+CONTENTS = (None,) + tuple(Object(s, c, m) for s in SHAPES for c in COLORS for m in MATERIALS)
 _CONTENT_ID = {content: i for i, content in enumerate(CONTENTS)}
 _BACKGROUND_ID = {name: i for i, name in enumerate(BACKGROUNDS)}
 
@@ -141,19 +142,18 @@ def sample_edit(scene, rng, kind=None, allowed=CONTENTS[1:]):
     Returns None where the kind is impossible (nothing left to remove, no room to add).
     """
     kind = kind or rng.choice(KINDS)
-    full = [i for i, c in enumerate(scene.cells) if c]
-    free = [i for i, c in enumerate(scene.cells) if not c]
-    taken = {(c.shape, c.color) for c in scene.cells if c}
     cells = list(scene.cells)
-
+    full = [i for i, c in enumerate(cells) if c]
+    free = [i for i, c in enumerate(cells) if not c]
+    taken = {(c.shape, c.color) for c in cells if c}
     if kind == "background_change":
         new = rng.choice([b for b in BACKGROUNDS if b != scene.background])
         text = rng.choice(["Change the background to {}", "Make the background {}", "Set the scene on a {} background"])
         return text.format(new), kind, scene._replace(background=new)
     if kind == "subject_add":
-        choices = [o for o in allowed if (o.shape, o.color) not in taken]
         if len(free) < 2:
             return None
+        choices = [o for o in allowed if (o.shape, o.color) not in taken]
         place, new = rng.choice(free), rng.choice(choices)
         cells[place] = new
         text = rng.choice(["Add a {} at the {}", "Put a {} at the {}", "Place a {} in the {} cell"])
@@ -163,36 +163,39 @@ def sample_edit(scene, rng, kind=None, allowed=CONTENTS[1:]):
 
     place = rng.choice(full)
     old = cells[place]
-    the = f"{old.color} {old.shape}"
+    words = [f"{old.color} {old.shape}"]            # what fills the gaps of the text
     if kind == "subject_remove":
         cells[place] = None
-        text = rng.choice(["Remove the {}", "Delete the {}", "Take away the {}", "Erase the {}"]).format(the)
+        text = rng.choice(["Remove the {}", "Delete the {}", "Take away the {}", "Erase the {}"])
     elif kind == "subject_replace":
-        new = rng.choice([o for o in allowed if (o.shape, o.color) not in taken and o.shape != old.shape])
-        cells[place] = new
-        text = rng.choice(["Replace the {} with a {}", "Turn the {} into a {}", "Swap the {} for a {}"]).format(the, _name(new))
+        choices = [o for o in allowed if (o.shape, o.color) not in taken and o.shape != old.shape]
+        new = cells[place] = rng.choice(choices)
+        text = rng.choice(["Replace the {} with a {}", "Turn the {} into a {}", "Swap the {} for a {}"])
+        words.append(_name(new))
     elif kind == "color_alter":
         choices = [o for o in allowed if (o.shape, o.material) == (old.shape, old.material)
                    and (o.shape, o.color) not in taken]
         if not choices:
             return None
         new = cells[place] = rng.choice(choices)
-        text = rng.choice(["Make the {} {}", "Change the color of the {} to {}", "Paint the {} {}"]).format(the, new.color)
+        text = rng.choice(["Make the {} {}", "Change the color of the {} to {}", "Paint the {} {}"])
+        words.append(new.color)
     elif kind == "material_alter":
         choices = [o for o in allowed if (o.shape, o.color) == (old.shape, old.color) and o.material != old.material]
         if not choices:
             return None
         new = cells[place] = rng.choice(choices)
         text = rng.choice(["Change the material of the {} to {}", "Make the {} out of {}", "Turn the {} {}"])
-        noun = new.material if text.endswith("Turn the {} {}") else {"wooden": "wood"}.get(new.material, new.material)
-        text = text.format(the, noun)
+        is_noun = text != "Turn the {} {}"
+        words.append("wood" if is_noun and new.material == "wooden" else new.material)
     elif kind == "position_change":
         to = rng.choice(free)
         cells[place], cells[to] = None, old
-        text = rng.choice(["Move the {} to the {}", "Shift the {} to the {}", "Bring the {} to the {}"]).format(the, PLACES[to])
+        text = rng.choice(["Move the {} to the {}", "Shift the {} to the {}", "Bring the {} to the {}"])
+        words.append(PLACES[to])
     else:
         raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
-    return text, kind, scene._replace(cells=tuple(cells))
+    return text.format(*words), kind, scene._replace(cells=tuple(cells))
 
 
 def _name(obj):
@@ -200,16 +203,23 @@ def _name(obj):
 
 
 def sample_dialogue(rng, K, allowed=CONTENTS[1:]):
-    """A scene and K edits of K different kinds (repeats only if K > 7): (instructions, kinds, K + 1 expected scenes)."""
-    scene = sample_scene(rng, allowed)
-    instructions, kinds, scenes = [], [], [scene]
+    """A scene and K edits of K different kinds (repeats if K > 7): (instructions, kinds, K + 1 expected scenes)."""
+    instructions, kinds, scenes = [], [], [sample_scene(rng, allowed)]
     misses = 0
     while len(kinds) < K:
-        fresh = [k for k in KINDS if k not in kinds[-(len(KINDS) - 1):]]
-        edit = sample_edit(scenes[-1], rng, rng.choice(fresh if misses < 50 else KINDS), allowed)   # the one kind left may be impossible
-        misses = 0 if edit else misses + 1
-        if edit:
-            instructions.append(edit[0]), kinds.append(edit[1]), scenes.append(edit[2])
+        # a kind that was not among the last six; any, where the one that is left is impossible in this scene
+        recent = kinds[-(len(KINDS) - 1):]
+        fresh = [kind for kind in KINDS if kind not in recent]
+        kind = rng.choice(fresh if misses < 50 else KINDS)
+        edit = sample_edit(scenes[-1], rng, kind, allowed)
+        if edit is None:
+            misses += 1
+            continue
+        misses = 0
+        instruction, kind, scene = edit
+        instructions.append(instruction)
+        kinds.append(kind)
+        scenes.append(scene)
     return instructions, kinds, scenes
 
 
@@ -243,29 +253,45 @@ def read(pictures):
     pictures = np.asarray(pictures)
     if pictures.shape[1:] != (SIZE, SIZE, 3):
         raise ValueError(f"the exact judge reads pictures of {SIZE} x {SIZE} RGB, got {pictures.shape[1:]}")
-    cells = cut(pictures).reshape(-1, CELL * CELL * 3)
-    x, y = cells.astype(np.float32) / 255, SPRITES.reshape(-1, CELL * CELL * 3) / 255
+    # mean squared distance of every cell to every sprite: x^2 - 2 x y + y^2
+    x = cut(pictures).reshape(-1, CELL * CELL * 3).astype(np.float32) / 255
+    y = SPRITES.reshape(-1, CELL * CELL * 3) / 255
     distance = (x ** 2).mean(1)[:, None] - 2 / x.shape[1] * x @ y.T + (y ** 2).mean(1)
     distance = distance.clip(0).reshape(-1, GRID * GRID, len(BACKGROUNDS), len(CONTENTS))
+
+    # the background on which the cells fit best, and what fits best on it
     misfit = distance.min(3).mean(1)                                         # (n, 6)
     nearest = misfit.argmin(1)
     distance = distance[np.arange(len(distance)), :, nearest]                # (n, 9, 109)
-    contents = np.where(distance.min(2) < SMEARED, distance.argmin(2), -1)
-    blur = np.median(distance.min(2), 1, keepdims=True)                      # of most cells: one spoilt object spoils no background
+    error = distance.min(2)
+    contents = np.where(error < SMEARED, distance.argmin(2), -1)
+
+    # is it sharp? Of most cells: one spoilt object spoils no background
+    blur = np.median(error, 1, keepdims=True)
     background = np.where(blur[:, 0] < SMEARED, nearest, -1)
     return Reading(background, contents, distance, _posterior(misfit) * np.exp(-blur / (2 * SMEARED)))
 
 
 def _posterior(distance):
+    """Belief in each of the last axis's possibilities, from the distances to them."""
     weight = np.exp(-(distance - distance.min(-1, keepdims=True)) / NOISE)
     return weight / weight.sum(-1, keepdims=True)
 
 
-_ATTRIBUTES = np.array([[a == b for b in range(len(CONTENTS))] for a in range(len(CONTENTS))], np.float32)[None].repeat(3, 0)
-for _i, _a in enumerate(CONTENTS):
-    for _j, _b in enumerate(CONTENTS):
-        for _f in range(3):   # [shape, color, material]: do contents i and j agree in it?
-            _ATTRIBUTES[_f, _i, _j] = _a == _b if _a is None or _b is None else _a[_f] == _b[_f]
+def _agreements():
+    """Do contents i and j agree in shape, colour, material? (3, 109, 109) of 0 and 1; nothing agrees with nothing."""
+    table = np.zeros((3, len(CONTENTS), len(CONTENTS)), np.float32)
+    for i, a in enumerate(CONTENTS):
+        for j, b in enumerate(CONTENTS):
+            for feature in range(3):
+                if a is None or b is None:
+                    table[feature, i, j] = a == b
+                else:
+                    table[feature, i, j] = a[feature] == b[feature]
+    return table
+
+
+_ATTRIBUTES = _agreements()
 
 
 def judge(pictures, previous, scenes):
@@ -274,36 +300,55 @@ def judge(pictures, previous, scenes):
 
     Returns three arrays (n,): `success` in {0, 1}: what the instruction changes reads as asked; `following` in [0, 1],
     graded: the mean belief in each attribute that should change, times that in those that should not, times how sharp
-    it is; `consistency` in [0, 1]: all that the instruction does not speak of, half of it symbolic agreement (beliefs in
-    cells and background), half pixel distance. What no instruction has touched is compared with the original scene,
+    it is; `consistency` in [0, 1]: all that the instruction does not speak of, half of it symbolic agreement (beliefs
+    in cells and background), half pixel distance. What no instruction has touched is compared with the original scene,
     what an earlier one did with the picture before: so a picture that is only copied is consistent, and so is one that
     keeps an earlier failure, while slow drift counts in full. ValueError if an edit changes nothing.
     """
-    background, contents, distance, background_belief = read(pictures)
-    seen_ground, seen, _, _ = read(previous)
-    (ground_0, first), (ground_1, want_1), (ground, want) = (encode_scenes([s[k] for s in scenes]) for k in (0, -2, -1))
-    changed, ground_changed = want != want_1, ground != ground_1                               # (n, 9), (n,)
-    count = changed.sum(1) + ground_changed
+    seen, seen_before = read(pictures), read(previous)
+    original, old, new = (encode_scenes([s[k] for s in scenes]) for k in (0, -2, -1))    # (background, contents)
+    ground_asked, asked = old[0] != new[0], old[1] != new[1]                             # (n,), (n, 9)
+    count = asked.sum(1) + ground_asked
     if not count.all():
-        raise ValueError(f"edit {int(count.argmin())} of {len(want)} changes nothing: its scenes before and after are equal")
-    success = np.where(changed, contents == want, True).all(1) & (~ground_changed | (background == ground))
+        raise ValueError(f"edit {int(count.argmin())} of {len(count)} changes nothing: "
+                         "its scenes before and after are equal")
+    success = np.where(asked, seen.contents == new[1], True).all(1) & (~ground_asked | (seen.background == new[0]))
+    done, ground_done = _done(seen, old, new)
+    following = ((done * asked).sum(1) + ground_done * ground_asked) / count
 
-    belief = _posterior(distance)                                                              # (n, 9, 109)
-    def agreement(target):                                                                     # (n, 9) -> (3, n, 9)
-        return np.einsum("fnkc,nkc->fnk", _ATTRIBUTES[:, target], belief)
-    right, asked = agreement(want), ~_ATTRIBUTES.astype(bool)[:, want, want_1]                 # (3, n, 9)
-    error = np.take_along_axis(distance, want[..., None], 2)[..., 0]
-    done = (right * asked).sum(0) / asked.sum(0).clip(1) * np.where(asked, 1, right).min(0) * np.exp(-error / (2 * SMEARED))
-    ground_done = np.take_along_axis(background_belief, ground[:, None], 1)[:, 0]
-    following = ((done * changed).sum(1) + ground_done * ground_changed) / count
+    # what should be there: the original where no edit has been, else what the picture before shows (-1: nobody knows)
+    target = np.where(old[1] == original[1], original[1], seen_before.contents)
+    ground_target = np.where(old[0] == original[0], original[0], seen_before.background)
+    kept, ground_kept = ~asked & (target >= 0), ~ground_asked & (ground_target >= 0)
+    consistency = _same(pictures, seen, target, kept, ground_target, ground_kept)
+    return success.astype(np.float32), following.astype(np.float32), consistency.astype(np.float32)
 
-    target = np.where(want_1 == first, first, seen)                                            # -1: nobody can tell
-    ground_target = np.where(ground_1 == ground_0, ground_0, seen_ground)
-    kept, ground_kept = ~changed & (target >= 0), ~ground_changed & (ground_target >= 0)
-    ground_target = np.where(ground_kept, ground_target, background_belief.argmax(1))          # else cells lie on any background
-    ground_same = np.take_along_axis(background_belief, ground_target[:, None], 1)[:, 0] * ground_kept
-    same = agreement(target).mean(0) * (contents == target)
-    symbolic = ((same * kept).sum(1) + ground_same) / (kept.sum(1) + ground_kept).clip(1)
-    difference = np.abs(cut(np.asarray(pictures, np.float32)) - _SPRITES_U8[ground_target[:, None], target]).mean((2, 3, 4))   # (n, 9) in 0..255
+
+def _agreement(seen, target):
+    """Belief that a cell agrees with its target (n, 9) in shape, colour, material: (3, n, 9)."""
+    return np.einsum("fnkc,nkc->fnk", _ATTRIBUTES[:, target], _posterior(seen.distance))
+
+
+def _done(seen, old, new):
+    """How far cells (n, 9) and backgrounds (n,) are what an edit from `old` to `new` asks for, in [0, 1]."""
+    right = _agreement(seen, new[1])
+    changes = ~_ATTRIBUTES.astype(bool)[:, new[1], old[1]]                               # (3, n, 9)
+    of_changed = (right * changes).sum(0) / changes.sum(0).clip(1)
+    of_kept = np.where(changes, 1, right).min(0)
+    error = np.take_along_axis(seen.distance, new[1][..., None], 2)[..., 0]
+    cells = of_changed * of_kept * np.exp(-error / (2 * SMEARED))
+    return cells, np.take_along_axis(seen.background_belief, new[0][:, None], 1)[:, 0]
+
+
+def _same(pictures, seen, target, kept, ground_target, ground_kept):
+    """How far what is `kept` is the same as its target (n,): half symbols, half pixels."""
+    # where the background is not to be kept, cells lie on whatever background there is
+    ground_target = np.where(ground_kept, ground_target, seen.background_belief.argmax(1))
+    ground_same = np.take_along_axis(seen.background_belief, ground_target[:, None], 1)[:, 0] * ground_kept
+    same = _agreement(seen, target).mean(0) * (seen.contents == target)
+    symbols = ((same * kept).sum(1) + ground_same) / (kept.sum(1) + ground_kept).clip(1)
+
+    should = _SPRITES_U8[ground_target[:, None], target]                                 # (n, 9, 16, 16, 3)
+    difference = np.abs(cut(np.asarray(pictures, np.float32)) - should).mean((2, 3, 4))  # (n, 9) in 0..255
     pixels = 1 - ((difference * kept).sum(1) / kept.sum(1).clip(1) / 64).clip(0, 1)
-    return success.astype(np.float32), following.astype(np.float32), (.5 * symbolic + .5 * pixels).astype(np.float32)
+    return .5 * symbols + .5 * pixels
