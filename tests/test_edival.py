@@ -446,14 +446,17 @@ def test_two_models_are_compared_and_types_come_from_the_csv(tmp_path):
     s = {str(i): [random_.randint(0, 1) for _ in range(3)] for i in DIALOGUES}
     write_results(tmp_path / "base_generation" / "multipass", s)
     write_results(tmp_path / "tuned_generation" / "multipass", {i: [1, 1, 1] for i in reversed(s)})
+    write_results(tmp_path / "same_generation", {i: s[i] for i in reversed(s)})
     (tmp_path / "results.json").write_text("ours")
     edival.main(["report", "--verdicts", str(tmp_path / "base_generation"), "--verdicts",
-                 str(tmp_path / "tuned_generation" / "multipass"),
+                 str(tmp_path / "tuned_generation" / "multipass"), "--verdicts", str(tmp_path / "same_generation"),
                  "--data", str(path), "--images", str(tmp_path), "--out", str(tmp_path)])
     result = json.loads((tmp_path / "edival" / "results.json").read_text())
     assert (tmp_path / "results.json").read_text() == "ours" and result["arms"]["tuned"]["IF"] == [1, 1, 1]
     assert result["arms"]["base"]["M"] == pytest.approx(np.mean(list(s.values()), 0))
     assert result["arms"]["base"]["CC"] == [None] * 3
+    same = result["differences"]["same"]
+    assert same["M"] == [0, 0, 0] and same["interval_95"]["M"] == [[0, 0]] * 3
     assert result["arms"]["base"]["turns count_change"] == [None, None, s["10"][2]]
 
 
