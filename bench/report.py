@@ -1,7 +1,7 @@
-"""What an evaluation leaves to look at: results.json, tables.md, figures/, sheets/ and report.html, which needs no other file.
+"""What an evaluation leaves to look at: results.json, tables.md, figures/, sheets/, and report.html with all of it.
 
-    python bench/report.py OUT             writes the report of a finished evaluation once more
-    write_report(out, result, arms, tasks) does it for eval.py and bench/edival.py
+    python bench/report.py OUT               writes the report of a finished evaluation once more
+    write_report(out, result, arms, tasks)   does it for eval.py and bench/edival.py
 
 `result` is what eval.summarise returns, with the settings of the evaluation beside it. Scores are in 0..1 there and in
 percent in tables and figures. Nothing here measures anything. Figures need matplotlib; without it all else is written.
@@ -17,42 +17,56 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # so that it runs from any folder
 
 import numpy as np
-import torch
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 import data
 import eval as evaluation
-from eval import contact_sheet, sheet_row, significant
+from eval import significant
 
-PROFILES = {"exact": "Scored by the exact judge of the embedded world.",
-            "VLM": "Scored by a vision-language model.",
-            "proxy": "Proxy scores (EdiVal's data, our judge): not EdiVal-IF and EdiVal-CC, not comparable with "
-                     "published tables.",
-            "EdiVal": "EdiVal's own verdicts; CC is the mean of its object and background consistency."}
-COLORS = ["#4c5a6b", "#d1661a", "#1b7a6e", "#7b4fa3", "#b0322b", "#8a7a1d", "#2f6fd0", "#d65fa0", "#5aa02c", "#222222"]
 SHOWN = 120            # dialogues in report.html at most
+COLORS = ["#4c5a6b", "#d1661a", "#1b7a6e", "#7b4fa3", "#b0322b", "#8a7a1d", "#2f6fd0", "#d65fa0", "#5aa02c", "#222222"]
+PROFILES = {
+    "exact": "Scored by the exact judge of the embedded world.",
+    "VLM": "Scored by a vision-language model.",
+    "proxy": "Proxy scores (EdiVal's data, our judge): not EdiVal-IF and EdiVal-CC, not comparable with published "
+             "tables.",
+    "EdiVal": "EdiVal's own verdicts; CC is the mean of its object and background consistency."}
+NOTES = {
+    "main": "Percent. IF: all turns so far succeeded; CC: consistency with the original picture; O = sqrt(IF CC).",
+    "difference": "Percentage points, 95 % interval of the paired bootstrap over dialogues; n.s. = it covers 0, "
+                  "or there is none; p = McNemar's exact test (several seeds: swapping whole dialogues).",
+    "exposure": "The same instructions on a clean context and on the model's own outputs: what is lost is the gap.",
+    "verdicts": "Known verdicts for M / IF / CC (EdiVal: object + background) per turn, all seeds; percent of turns "
+                "that the judge failed on."}
+CAPTIONS = {
+    "success": "Cumulative success falls as soon as one turn fails; marginal success shows whether a later turn is "
+               "harder than the first.",
+    "plane": "Doing nothing gives high CC and no IF: an editor that games the consistency reward moves up and to the "
+             "left. Grey lines: equal overall O.",
+    "exposure": "How many more edits would succeed if the picture before had been right; same noise.",
+    "drift": "What editing costs by itself, without any judge: 0 is a perfect copy.",
+    "kinds": "Which edits the model can do."}
 
 
 def write_report(out, result, arms, tasks):
-    """Write everything into the folder `out`. arms {name: Scores}; pictures are shown where Scores has them."""
+    """Write everything into the folder `out`. arms {name: Scores}; pictures are shown where all Scores have them."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    pictured = all(scores.pictures for scores in arms.values())
     (out / "results.json").write_text(json.dumps(result, indent=1, allow_nan=False), encoding="utf-8")
     (out / "tables.md").write_text(markdown(result), encoding="utf-8")
     figures = draw_figures(result, out / "figures")
+    pictured = all(scores.pictures for scores in arms.values())
     sheets = draw_sheets(arms, tasks, out / "sheets") if pictured else []
-    template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("report.html")
     rows, chosen = choose_shown(arms, len(tasks)) if pictured else ([], "")
+    template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("report.html")
     page = template.render(
-        headline=headline(result), setting=setting_line(result), proxy=result["profile"] == "proxy",
-        profile=PROFILES[result["profile"]], tables=tables(result), arms=list(arms), chosen=chosen,
-        figures=[(inline(Image.open(file)), caption) for file, caption in figures],
+        headline=headline(result), setting=setting_line(result), profile=PROFILES[result["profile"]],
+        proxy=result["profile"] == "proxy", tables=tables(result), arms=list(arms), chosen=chosen,
+        figures=[(inline(Image.open(file)), CAPTIONS[file.stem]) for file in figures],
         sheets=[(inline(Image.open(file), 900), caption) for file, caption in sheets],
         dialogues=[describe_dialogue(arms, tasks[row], row) for row in rows],
-        kinds=sorted({kind for row in rows for kind in kinds_of(tasks[row], arms)} - {""}),
-        turns=next(iter(arms.values())).success.shape[2])
+        kinds=kinds_of([tasks[row] for row in rows], turns_of(arms)), turns=turns_of(arms))
     (out / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -93,9 +107,9 @@ def tables(result):
 
     # The main table, and every arm against the base.
     columns = [(metric, k) for metric in ("IF", "CC", "O") for k in range(K)]
+    header = ["model", *[f"{label}{metric} {k + 1}" for metric, k in columns]]
     rows = [[arm, *[percent(values[metric][k]) for metric, k in columns]] for arm, values in arms.items()]
-    found = [("Main results", "Percent. IF: all turns so far succeeded; CC: consistency with the original picture; "
-              "O = sqrt(IF CC).", ["model", *[f"{label}{metric} {k + 1}" for metric, k in columns]], rows)]
+    found = [("Main results", NOTES["main"], header, rows)]
     for arm, difference in differences.items():
         rows = []
         for metric in ("M", "IF", "CC", "O"):
@@ -103,9 +117,7 @@ def tables(result):
             for k, p in enumerate(difference["p"].get(metric, [])):
                 cells[k] += f", p {p:.3f}" if p >= .001 else ", p < .001"
             rows.append([label + metric, *cells])
-        found.append((f"{arm} against {base}", "Difference in percentage points, 95 % interval of the paired bootstrap over "
-                      "dialogues; n.s. = the interval covers 0, or there is none; p = McNemar's exact test (several seeds: "
-                      "swapping whole dialogues).", ["", *turns], rows))
+        found.append((f"{arm} against {base}", NOTES["difference"], ["", *turns], rows))
 
     # What the numbers are made of.
     rows = metric_rows(arms, {"M": "marginal M", "IF": "cumulative IF", "C": "conditional IF_k / IF_k-1",
@@ -123,9 +135,8 @@ def tables(result):
             drift = ["–" if x is None else f"{x:.2f}" for x in values["nothing"]]
             rows.append([arm, "drift under 'change nothing', mean |ΔRGB| of 255", *drift])
     if rows:
-        found.append(("Exposure bias", "The same instructions on a clean context and on the model's own outputs: what is "
-                      "lost is the gap.", ["model", "", *turns], rows))
-    return [*found, *kind_table(result), count_table(arms, turns)]
+        found.append(("Exposure bias", NOTES["exposure"], ["model", "", *turns], rows))
+    return [*found, *kind_table(result), verdict_table(arms, turns)]
 
 
 def kind_table(result):
@@ -134,18 +145,18 @@ def kind_table(result):
     base, rows = next(iter(arms)), []
     for metric in [name for name in arms[base] if name.startswith("kind ")]:
         kind = metric.removeprefix("kind ")
-        n = arms[base]["n"][metric][0] // max(1, result.get("seeds") or 1)
+        n = arms[base]["n"][metric][0] // result.get("seeds", 1)
         row = [nice(kind), str(n), *[percent(values[metric][0]) for values in arms.values()]]
         row += [with_bounds(difference, metric, 0) for difference in differences.values()]
         for values in arms.values():
-            row.append(" / ".join("–" if x is None else f"{100 * x:.1f}" for x in values[f"turns {kind}"]))
+            row.append(" / ".join(percent(x) for x in values[f"turns {kind}"]))
         rows.append(row)
     header = ["type", "n", *arms, *[f"{arm} - {base}" for arm in differences], *[f"{arm}, by turn" for arm in arms]]
     note = "Percent; all turns together, then turn by turn."
     return [("Marginal success by edit type", note, header, rows)] if rows else []
 
 
-def count_table(arms, turns):
+def verdict_table(arms, turns):
     rows = []
     for arm, values in arms.items():
         n, row = values["n"], [arm]
@@ -153,9 +164,7 @@ def count_table(arms, turns):
             parts = " + ".join(str(n[name][k]) for name in n if name.startswith("CC"))
             row.append(f"{n['M'][k]} / {n['IF'][k]} / {parts}")
         rows.append([*row, percent(values.get("judge_failed"))])
-    note = ("Verdicts known for M / IF / CC (EdiVal: object + background) per turn, all seeds; percent of turns that the "
-            "judge failed on.")
-    return "How many verdicts", note, ["model", *turns, "judge failed"], rows
+    return "How many verdicts", NOTES["verdicts"], ["model", *turns, "judge failed"], rows
 
 
 def headline(result):
@@ -167,13 +176,16 @@ def headline(result):
         interval, text = difference["interval_95"]["O"][-1], f"{percent(difference['O'][-1], '+')} points"
         if interval:
             text += f", 95 % interval {percent(interval[0], '+')} to {percent(interval[1], '+')}"
-        words.append(f"{percent(arms[arm]['O'][-1])} for {arm} ({text}{'' if significant(interval) else ', not significant'})")
+        if not significant(interval):
+            text += ", not significant"
+        words.append(f"{percent(arms[arm]['O'][-1])} for {arm} ({text})")
     return ", ".join(words) + "."
 
 
 def setting_line(result):
-    """What was evaluated, in one line; `note` holds what the caller has to say besides."""
-    words = [f"{result['n']} dialogues" + (f" x {result['seeds']} seeds" if result.get("seeds", 1) > 1 else "")]
+    """What was evaluated, in one line; result["note"] is what the caller has to say besides."""
+    seeds = result.get("seeds", 1)
+    words = [f"{result['n']} dialogues" + (f" x {seeds} seeds" if seeds > 1 else "")]
     for name, form in (("data", "data {}"), ("model", "model {}"), ("denoise", "{} denoising steps"),
                        ("guidance", "guidance {}"), ("judge", "judge {}"), ("note", "{}")):
         if result.get(name):
@@ -193,19 +205,18 @@ def markdown(result):
 # ----------------------------------------------------------------------------------------------------------- figures
 
 def draw_figures(result, folder):
-    """Write the figures that there are numbers for: [(path, caption)]; a line on stderr and none without matplotlib."""
+    """Write the figures that there are numbers for: [path]. Without matplotlib none, and a line on stderr."""
     try:
         import matplotlib.figure
     except ImportError:
         print("no figures: pip install matplotlib draws them", file=sys.stderr)
         return []
-    arms, found = result["arms"], []
+    arms, files = result["arms"], []
     base, K = next(iter(arms.values())), len(next(iter(arms.values()))["O"])
-    kinds = [name for name in base if name.startswith("kind ")]
 
-    def figure(name, caption, title, labels, paint, *what, width=6.4):
+    def figure(name, title, x, y, paint, *what, width=6.4):
         picture = matplotlib.figure.Figure(figsize=(width, 4.1), layout="constrained")
-        axes = picture.add_subplot(xlabel=labels[0], ylabel=labels[1])
+        axes = picture.add_subplot(xlabel=x, ylabel=y)
         axes.set_title(title + " (proxy)" * (result["profile"] == "proxy"), loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6")
@@ -214,29 +225,25 @@ def draw_figures(result, folder):
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, .5))
         folder.mkdir(parents=True, exist_ok=True)
         picture.savefig(folder / f"{name}.png", dpi=160)
-        found.append((folder / f"{name}.png", caption))
+        files.append(folder / f"{name}.png")
 
-    figure("success", "Cumulative success falls as soon as one turn fails; marginal success shows whether a later turn is "
-           "harder than the first.", "Success per turn", ("turn", "percent of dialogues, 95 % intervals"),
-           paint_lines, {"IF": "IF: all turns so far", "M": "M: this turn alone"}, 100)
+    lines = {"IF": "IF: all turns so far", "M": "M: this turn alone"}
+    figure("success", "Success per turn", "turn", "percent of dialogues, 95 % intervals", paint_lines, lines, 100)
     if any(value is not None for values in arms.values() for value in values["CC"]):
-        figure("plane", "Doing nothing gives high CC and no IF: an editor that games the consistency reward moves up and "
-               "to the left. Grey lines: equal overall O.", "Following against consistency",
-               ("IF, cumulative success, percent; numbers are turns", "CC, percent"), paint_plane)
+        figure("plane", "Following against consistency", "IF, cumulative success, percent; numbers are turns",
+               "CC, percent", paint_plane)
     if "EB" in base:
-        figure("exposure", "How many more edits would succeed if the picture before had been right; same instructions, "
-               "same noise.", "Exposure-bias gap", ("", "M on a clean context - M on own outputs, points"),
-               paint_bars, [(f"turn {k + 1}", "EB", k) for k in range(1, K)])
+        bars = [(f"turn {k + 1}", "EB", k) for k in range(1, K)]
+        figure("exposure", "Exposure-bias gap", "", "M on a clean context - M on own outputs, points", paint_bars, bars)
     if "nothing" in base:
-        figure("drift", "What editing costs by itself, without any judge: 0 is a perfect copy.",
-               "Drift when nothing is to change", ("turn", "mean |RGB difference| from the original, of 255"),
+        figure("drift", "Drift when nothing is to change", "turn", "mean |RGB difference| from the original, of 255",
                paint_lines, {"nothing": "k times 'Change nothing'"}, 1)
+    kinds = [name.removeprefix("kind ") for name in base if name.startswith("kind ")]
     if kinds:
-        figure("kinds", "Which edits the model can do.", "Marginal success by edit type, all turns",
-               ("", "percent, 95 % intervals"), paint_bars,
-               [(nice(name.removeprefix("kind ")).replace(" ", "\n"), name, 0) for name in kinds],
+        bars = [(nice(kind).replace(" ", "\n"), f"kind {kind}", 0) for kind in kinds]
+        figure("kinds", "Marginal success by edit type, all turns", "", "percent, 95 % intervals", paint_bars, bars,
                width=max(6.4, 2.4 + .9 * len(kinds)))
-    return found
+    return files
 
 
 def numbers(values, metric, scale):
@@ -293,15 +300,21 @@ def paint_plane(axes, arms):
         y = O ** 2 / x
         seen = (y > bottom) & (y < top)
         if seen.sum() > 2:
+            start = x[seen][0], y[seen][0]
             axes.plot(x[seen], y[seen], color="#b9c4d0", lw=.9, zorder=0)
-            axes.annotate(f"O {O}", (x[seen][0], y[seen][0]), (2, -9), textcoords="offset points", color="#8794a3", size=8)
+            axes.annotate(f"O {O}", start, (2, -9), textcoords="offset points", color="#8794a3", size=8)
     axes.set(xlim=(left, max(right, left + 1)), ylim=(bottom, top))
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
 
-def kinds_of(task, arms):
-    return task.kinds[:next(iter(arms.values())).success.shape[2]]
+def turns_of(arms):
+    return next(iter(arms.values())).success.shape[2]
+
+
+def kinds_of(tasks, K):
+    """Edit types of the first K turns of tasks, sorted."""
+    return sorted({kind for task in tasks for kind in task.kinds[:K]} - {""})
 
 
 def verdicts(scores, row):
@@ -310,23 +323,24 @@ def verdicts(scores, row):
 
 
 def gains(arms, arm):
-    """How much better each dialogue went than with the base: order, by successful turns, then consistency; turns (n,)."""
+    """Rows from the biggest loss to the biggest win against the base, and what was won, in successful turns (n,)."""
     base = next(iter(arms.values()))
-    seeds = len(base.success)
-    turns = (arms[arm].success - base.success).nan_to_num(0).sum((0, 2)) / seeds
+    turns = (arms[arm].success - base.success).nan_to_num(0).sum((0, 2)) / len(base.success)
     consistency = (arms[arm].consistency - base.consistency).nan_to_num(0).sum((0, 2, 3))
     return np.lexsort((consistency.numpy(), turns.numpy())), turns
 
 
 def draw_sheets(arms, tasks, folder, most=6):
     """Write the contact sheets: [(path, caption)]. Random first, so that nobody sees the best ones only."""
-    found, base = [], next(iter(arms))
+    base, found = next(iter(arms)), []
 
     def sheet(name, rows, caption):
-        cells = [sheet_row(f"{arm}, dialogue {tasks[row].meta.get('index', row)}\n{note}", arms[arm], tasks[row], row)
-                 for arm, row, note in rows]
+        cells = []
+        for arm, row, note in rows:
+            label = f"{arm}, dialogue {tasks[row].meta.get('index', row)}\n{note}"
+            cells.append(evaluation.sheet_row(label, arms[arm], tasks[row], row))
         if cells:
-            contact_sheet(cells, folder / f"{name}.png")
+            evaluation.contact_sheet(cells, folder / f"{name}.png")
             found.append((folder / f"{name}.png", caption))
 
     chosen = sorted(random.Random(0).sample(range(len(tasks)), min(most, len(tasks))))
@@ -335,24 +349,21 @@ def draw_sheets(arms, tasks, folder, most=6):
         order, turns = gains(arms, arm)
         best = [row for row in order[::-1][:most].tolist() if turns[row] > 0]
         worst = [row for row in order[:most].tolist() if turns[row] < 0]
-        for name, rows, caption in (("wins", best, f"biggest wins of {arm} over {base}, by successful turns"),
-                                    ("losses", worst, f"biggest losses of {arm} against {base}")):
-            sheet(f"{name}-{arm}", [(a, row, f"{turns[row]:+g} turns") for row in rows for a in (base, arm)], caption)
+        for name, rows in (("wins", best), ("losses", worst)):
+            pairs = [(a, row, f"{turns[row]:+g} turns") for row in rows for a in (base, arm)]
+            sheet(f"{name}-{arm}", pairs, f"biggest {name} of {arm} against {base}, by successful turns")
     for arm, scores in arms.items():
         rows = []
-        for kind in sorted({kind for task in tasks for kind in kinds_of(task, arms)} - {""}):
-            failed = []
-            for row, task in enumerate(tasks):
-                for k, good in enumerate(verdicts(scores, row)):
-                    if good is False and task.kinds[k] == kind:
-                        failed.append((arm, row, f"{nice(kind)} failed at turn {k + 1}"))
+        for kind in kinds_of(tasks, turns_of(arms)):
+            failed = [(arm, row, f"{nice(kind)} failed at turn {k + 1}") for row, task in enumerate(tasks)
+                      for k, good in enumerate(verdicts(scores, row)) if good is False and task.kinds[k] == kind]
             rows += random.Random(0).sample(failed, min(2, len(failed)))
         sheet(f"failures-{arm}", rows, f"failures of {arm}, up to two of each edit type, drawn at random")
     return found
 
 
 def choose_shown(arms, n, most=SHOWN):
-    """Rows of the dialogues that report.html shows: all, or a third each of the biggest wins, biggest losses and random ones."""
+    """Rows of the dialogues in report.html: all, or a third each of biggest wins, biggest losses and random ones."""
     if n <= most:
         return list(range(n)), "All dialogues"
     part, order = 0, []
@@ -360,9 +371,8 @@ def choose_shown(arms, n, most=SHOWN):
         part, order = most // 3, gains(arms, list(arms)[-1])[0].tolist()
     edge = {*order[:part], *order[len(order) - part:]}
     drawn = random.Random(0).sample([row for row in range(n) if row not in edge], most - len(edge))
-    words = f"{most} of {n} dialogues: "
-    words += f"{part} biggest losses, {part} biggest wins and {len(drawn)} at random" if part else "drawn at random"
-    return sorted(edge | set(drawn)), words
+    words = f"{part} biggest losses, {part} biggest wins and {len(drawn)} at random" if part else "drawn at random"
+    return sorted(edge | set(drawn)), f"{most} of {n} dialogues: {words}"
 
 
 def inline(image, width=None):
@@ -370,8 +380,8 @@ def inline(image, width=None):
     stream, kind = io.BytesIO(), "png"
     if width and image.width > 96:
         width, kind = min(width, image.width), "jpeg"
-        height = round(image.height * width / image.width)
-        image.convert("RGB").resize((width, height), Image.LANCZOS).save(stream, "JPEG", quality=85)
+        image = image.convert("RGB").resize((width, round(image.height * width / image.width)), Image.LANCZOS)
+        image.save(stream, "JPEG", quality=85)
     else:
         image.save(stream, "PNG", optimize=True)
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
@@ -379,27 +389,22 @@ def inline(image, width=None):
 
 def describe_dialogue(arms, task, row):
     """A dialogue as the template wants it: pictures as data URIs, and of every arm what the filters can ask for."""
-    found = {"name": task.meta.get("index", row), "kinds": kinds_of(task, arms), "arms": [], "small": task.size[1] <= 96}
+    kinds = task.kinds[:turns_of(arms)]
+    found = {"name": task.meta.get("index", row), "kinds": kinds, "arms": []}
+    found["told"] = list(zip(task.instructions, kinds))
     for arm, scores in arms.items():
         good = verdicts(scores, row)
         outcome = ["yes"] if all(good) else ["no"] if False in good else []
         outcome += [f"fail{k + 1}" for k, verdict in enumerate(good) if verdict is False]
-        uris = [inline(Image.fromarray(picture.permute(1, 2, 0).numpy()), 256) for picture in scores.pictures(row)]
-        found["source"] = uris[0]
         marks = ["unknown" if verdict is None else "ok" if verdict else "no" for verdict in good]
-        found["arms"].append({"name": arm, "outcome": " ".join(outcome), "turns": list(zip(uris[1:], marks))})
-        found["told"] = list(zip(task.instructions, found["kinds"]))
+        images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in scores.pictures(row)]
+        source, *after = [inline(image, 256) for image in images]
+        found["arms"].append({"name": arm, "outcome": " ".join(outcome), "turns": list(zip(after, marks))})
+        found |= {"source": source, "small": images[0].width <= 96}
     return found
 
 
-def main(argv=None):
-    parser = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder of a finished evaluation")
-    out = parser.parse_args(argv).out
-    settings, arms, tasks = read_evaluation(out)
-    write_report(out, evaluation.conclude(settings, arms, tasks), arms, tasks)
-    print(f"written: {out / 'report.html'}")
-
+# ------------------------------------------------------------------------------------------------------ command line
 
 def read_evaluation(out):
     """(settings, arms, tasks) of the evaluation that eval.py left in a folder. ValueError if it is not finished."""
@@ -416,6 +421,15 @@ def read_evaluation(out):
         evaluation.read_scores(folder, record["judge"]["fingerprint"], plan)
         arms[arm] = evaluation.collect(plan, record["judge"]["names"])
     return settings, arms, tasks
+
+
+def main(argv=None):
+    parser = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of a finished evaluation")
+    out = parser.parse_args(argv).out
+    settings, arms, tasks = read_evaluation(out)
+    write_report(out, evaluation.conclude(settings, arms, tasks), arms, tasks)
+    print(f"written: {out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -167,8 +167,8 @@ def test_a_judge_failure_does_not_break_the_interval():
 
 
 def test_one_dialogue_shows_nothing():
-    """Catches: the interval [1, 1] of a single dialogue, by which everything is significant; an edit type or a turn that
-    one dialogue alone has."""
+    """Catches: the interval [1, 1] of a single dialogue, by which everything is significant; an edit type or a turn
+    that one dialogue alone has."""
     d = compare((torch.zeros(1, 2), torch.zeros(1, 2)), (torch.ones(1, 2), torch.ones(1, 2)))
     assert d["M"] == [1, 1] and d["p"]["M"] == [1, 1]
     assert all(d["interval_95"][m] == [None, None] for m in ("M", "IF", "CC", "O"))
@@ -218,7 +218,8 @@ def test_an_interval_that_touches_zero_is_not_significant(interval, yes):
 def test_a_frame_is_green_red_or_grey(tmp_path):
     """Catches: colours exchanged; a turn on which the judge failed drawn as a failed edit."""
     pictures = np.full((5, 3, 48, 48), 128, np.uint8)
-    evaluation.contact_sheet([("label", pictures, list("1234"), [True, False, None, NAN])], tmp_path / "sheet.png", width=48)
+    rows = [("label", pictures, list("1234"), [True, False, None, NAN])]
+    evaluation.contact_sheet(rows, tmp_path / "sheet.png", width=48)
     sheet = Image.open(tmp_path / "sheet.png")
     assert [sheet.getpixel((10 + k * 58 - 2, 30)) for k in range(5)] == [
         (255, 255, 255), (0, 128, 0), (255, 0, 0), (128, 128, 128), (128, 128, 128)]
@@ -367,7 +368,8 @@ def faulty(monkeypatch, tmp_path):
         monkeypatch.setattr(model, "load", load)
         monkeypatch.setattr(model, "load_weights", lambda editor, path: setattr(editor, "rates", tuned))
         lora = ["--lora", str(tmp_path / "lora")] if tuned else []
-        evaluation.main(["--model", str(tmp_path / "model"), *lora, "--denoise", "1", "--out", str(out), *words.split()])
+        common = ["--model", str(tmp_path / "model"), *lora, "--denoise", "1", "--out", str(out)]
+        evaluation.main([*common, *words.split()])
         file = out / "results.json"
         return json.loads(file.read_text()) if file.exists() else None
     evaluate.out, evaluate.loads = tmp_path / "out", loads
@@ -477,7 +479,8 @@ def test_a_judge_of_known_rates_gives_those_rates_back():
     assert result["M"] == pytest.approx([s[:, k].nanmean().item() for k in range(K)])
     assert result["CC"] == pytest.approx([truth[:, k, 1].nanmean().item() for k in range(K)], abs=1e-6)
     assert result["judge_failed"] == pytest.approx(1 / (n * K))
-    assert result["rewards"]["following"] == pytest.approx([truth[:, k, 0].nanmean().item() for k in range(K)], abs=1e-6)
+    following = [truth[:, k, 0].nanmean().item() for k in range(K)]
+    assert result["rewards"]["following"] == pytest.approx(following, abs=1e-6)
 
 
 def same(a, b):
@@ -512,11 +515,12 @@ def test_base_and_untrained_lora_give_identical_rows():
     assert same(arms["ref"], evaluation.evaluate(new_editor(), Judge(), tasks, 2, 3, progress=False))
     result = evaluation.summarise(arms, tasks)
     assert result["arms"]["ref"] == result["arms"]["ema"]
-    assert all(low == high == 0 for m in ("M", "IF", "CC", "O") for low, high in result["differences"]["ema"]["interval_95"][m])
+    bounds = result["differences"]["ema"]["interval_95"]
+    assert all(low == high == 0 for m in ("M", "IF", "CC", "O") for low, high in bounds[m])
 
 
 def test_a_turns_noise_is_that_of_its_place():
-    """Catches: pictures that are no longer those of earlier versions: noise of another key, or of the turn of a probe."""
+    """Catches: pictures that are no longer those of earlier versions: noise of another key, or of another turn."""
     from rollout import draw_noise
     seen, tasks = {}, make_tasks(3, K=2)
 
@@ -555,9 +559,9 @@ def test_what_is_finished_is_not_repeated_and_what_was_interrupted_goes_on(fault
     rates, words = ((.7, .3), (.9, .9)), "--tasks 6 --probes 3 --seeds 2"
     assert faulty(*rates, words + " --judge none") is None and not list(faulty.out.rglob("scores*"))
     whole = pictures(faulty.out)
+    folders = [f"arms/{arm}/own{seed}" for arm in ("base", "tuned") for seed in ("", "-seed1")]
     assert {name for name in whole if "/own" in name} == {
-        f"arms/{arm}/own{seed}/{i}_turn{k}.png" for arm in ("base", "tuned") for seed in ("", "-seed1") for i in range(6)
-        for k in (1, 2, 3)}
+        f"{folder}/{i}_turn{k}.png" for folder in folders for i in range(6) for k in (1, 2, 3)}
     first = faulty(*rates, words)
     file = faulty.out / "arms" / "tuned" / "scores.jsonl"
     scores, loads = file.read_text(), len(faulty.loads)
@@ -634,7 +638,7 @@ def test_another_judge_scores_the_same_pictures_and_the_first_ones_scores_stay(f
 
 
 def test_a_turn_on_which_the_judge_failed_is_null_and_asked_again(faulty, monkeypatch):
-    """Catches: a server that was down for a minute, whose gaps stay for ever; a good score replaced by a later failure."""
+    """Catches: a server that was down for a minute, whose gaps stay for ever; a score replaced by a later failure."""
     down = torch.tensor(True)
 
     def spoil(r, tasks, k):
@@ -668,7 +672,8 @@ def test_several_loras_each_against_the_base(faulty, tmp_path):
 
 
 @pytest.mark.parametrize("change, expected", [
-    ("--denoise 5", "another evaluation .denoise 1 -> 5."), ("--guidance 3", "another evaluation .guidance None -> 3.0."),
+    ("--denoise 5", "another evaluation .denoise 1 -> 5."),
+    ("--guidance 3", "another evaluation .guidance None -> 3.0."),
     ("LORA", "another evaluation .weights of tuned \\w+ -> \\w+."),
     ("MODEL", "another evaluation .weights of base \\w+ -> \\w+."),
     ("--split val", "another evaluation .dialogue 0, turn 1 .*; dialogue 0, turn 2 .* and 6 more."),
@@ -702,8 +707,9 @@ def test_what_is_evaluated_is_known_by_content(faulty, monkeypatch, tmp_path):
         (folder / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(folder, turns=2):
-        evaluation.main(["--model", str(tmp_path / "model"), "--data", str(folder / "tasks.jsonl"), "--judge", "x", "--turns",
-                         str(turns), "--resolution", "48", "--denoise", "1", "--probes", "0", "--out", str(tmp_path / "out")])
+        words = "--judge x --resolution 48 --denoise 1 --probes 0 --turns"
+        evaluation.main(["--model", str(tmp_path / "model"), "--data", str(folder / "tasks.jsonl"), *words.split(),
+                         str(turns), "--out", str(tmp_path / "out")])
     write(tmp_path / "one", "Add a star")
     run(tmp_path / "one", 1)
     run(tmp_path / "one")
@@ -729,9 +735,10 @@ def test_pictures_that_are_there_need_no_editor_and_those_that_are_missing_are_n
 
 
 def test_pictures_may_lie_and_be_made_elsewhere(tmp_path):
-    """Catches: hooks of bench/edival.py that are not called, or called with other turns; names that are not the index."""
-    tasks = [Task(task.image, task.instructions, task.kinds, {"index": f"n{i}", "dependent": [False, True]}) for i, task in enumerate(make_tasks(2, K=2))]
-    calls = []
+    """Catches: hooks of bench/edival.py that are not called, or with other turns; names that are not the index."""
+    tasks, calls = make_tasks(2, K=2), []
+    for i, task in enumerate(tasks):
+        task.meta = {"index": f"n{i}", "dependent": [False, True]}
 
     def file_of(folder, seed, part, name, k):
         return tmp_path / f"{part}-{seed}" / f"{name}-{k}.png"
@@ -747,8 +754,9 @@ def test_pictures_may_lie_and_be_made_elsewhere(tmp_path):
                                  file_of=file_of, sample=sample)
     assert calls == [("editor", ["n0", "n1"], "own", range(2), 7), ("editor", ["n0"], "nothing", range(2), 7)]
     assert {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.png")} == {
-        "own-0/n0-0.png", "own-0/n0-1.png", "own-0/n1-0.png", "own-0/n1-1.png", "nothing-0/n0-0.png", "nothing-0/n0-1.png"}
-    assert scores.measured["copied"].tolist() == [[[1, 1], [1, 1]]] and torch.equal(scores.pictures(1)[0], scores.pictures(1)[2])
+        f"{place}-{k}.png" for place in ("own-0/n0", "own-0/n1", "nothing-0/n0") for k in (0, 1)}
+    assert scores.measured["copied"].tolist() == [[[1, 1], [1, 1]]]
+    assert torch.equal(scores.pictures(1)[0], scores.pictures(1)[2])
     assert all(line["task"] in ("n0", "n1") for line in map(json.loads, open(tmp_path / "arm" / "scores.jsonl")))
 
 
@@ -772,18 +780,19 @@ def settle(*words):
 
 
 def test_settings_come_from_flags_then_the_run_then_defaults(run, tmp_path):
-    """Catches: a flag that the run's config overrides, T of training in place of evaluation's, tasks of a step taken for
-    tasks of an evaluation, a rubric that stays with another judge, settings that change on their way."""
+    """Catches: a flag that the run's config overrides, T of training in place of evaluation's, tasks of a step taken
+    for tasks of an evaluation, a rubric that stays with another judge, settings that change on their way."""
     settings = settle("--run", run)
-    assert (settings.turns, settings.denoise, settings.tasks, settings.split, settings.judge) == (2, 2, 500, "test", "exact")
+    assert (settings.turns, settings.denoise, settings.tasks) == (2, 2, 500)
+    assert (settings.split, settings.judge) == ("test", "exact")
     assert settings.model == editor_folder() and settings.lora == {"tuned": str(run)} and settings.out == f"{run}/eval"
     assert settings.guidance == train.Config.guidance and settings.batch == 100
     assert settle("--run", run, "--turns", 5, "--out", "x").turns == 5
     assert (settle("--model", "m").denoise, settle("--model", "m", "--data", "a.jsonl").denoise) == (8, 28)
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.turns = 3
-    old = {"model": "m", "data": "mine.jsonl", "turns": 4, "eval_denoise": 11, "judge": "vlm", "rubric": "r.json", "votes": 3,
-           "reasoning": "think", "judge_cache": "gone", "temperature": .7, "guidance": None}
+    old = {"model": "m", "data": "mine.jsonl", "turns": 4, "eval_denoise": 11, "judge": "vlm", "rubric": "r.json",
+           "votes": 3, "reasoning": "think", "judge_cache": "gone", "temperature": .7, "guidance": None}
     (tmp_path / "config.json").write_text(json.dumps(old))
     settings = settle("--run", tmp_path)
     assert (settings.data, settings.split, settings.tasks, settings.guidance) == ("mine.jsonl", "val", None, None)
@@ -810,7 +819,8 @@ def test_eval_of_a_run_and_of_a_lora_by_hand_on_two_processes_agree(run, tmp_pat
     processes both do or neither does, or edit from other noise."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    by_hand = ["--model", editor_folder(), "--lora", run, "--turns", "2", "--denoise", "2", "--guidance", "2.5", "--out", tmp_path]
+    by_hand = ["--model", editor_folder(), "--lora", run, "--turns", "2", "--denoise", "2", "--guidance", "2.5",
+               "--out", tmp_path]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     started = [subprocess.Popen([sys.executable, *words[0], "eval.py", "--tasks", "5", "--probes", "2", *words[1]],
                                 cwd=ROOT, env=env, **pipes)
@@ -862,8 +872,7 @@ def test_eval_on_pictures_of_ones_own(run, tmp_path, monkeypatch):
 
 
 def test_the_report_is_written_once_more_from_the_folder(faulty, capsys):
-    """Catches: a report that needs the editor, the judge or the weights; one of an evaluation that is not finished, or of
-    tasks that are no longer those."""
+    """Catches: a report that needs the editor, the judge or the weights; one of an evaluation that is not finished."""
     faulty((.7, .3), (.9, .9), "--tasks 3 --probes 2 --judge none")
     with pytest.raises(ValueError, match="holds pictures without scores"):
         report.main([str(faulty.out)])
@@ -902,7 +911,7 @@ IMPOSSIBLE = {      # what is typed (RUN and TMP are folders), what the one line
     "a name twice": ("--model EDITOR --lora A=RUN --lora A=RUN", "two models are named 'A'"),
     "a lora named base": ("--model EDITOR --lora base=RUN", "two models are named 'base'"),
     "a name that is no file's": ("--model EDITOR --lora a:b=RUN", "'a:b' may hold"),
-    "size of the embedded world": ("--model EDITOR --resolution 64", "--resolution does nothing for --data shapes"),
+    "size of the embedded world": ("--model EDITOR --resolution 64", "--resolution does nothing with --data shapes"),
     "offload on a CPU": ("--model EDITOR --offload", "--offload does nothing without a GPU"),
     "a table": ("--model EDITOR --data TMP/none.csv", "TMP/none.csv.*no such file"),
     "empty data": ("--model EDITOR --data EMPTY --judge exact", "tasks.jsonl holds no tasks"),
@@ -927,7 +936,8 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(case, run, tmp_
     save_file({f"transformer.blocks.0.attn.lora_{x}.weight": torch.zeros(4, 4) for x in "AB"},
               tmp_path / "other.safetensors")
     places = {"TMP": "empty", "LIST": "list", "WORDS": "words", "EMPTY": "tasks.jsonl", "OTHER": "other.safetensors"}
-    places = {name: str(tmp_path / place) for name, place in places.items()} | {"EDITOR": editor_folder(), "RUN": str(run)}
+    places = {name: str(tmp_path / place) for name, place in places.items()}
+    places |= {"EDITOR": editor_folder(), "RUN": str(run)}
     fill = lambda text, as_is=str: re.sub("|".join(places), lambda name: as_is(places[name[0]]), text)
     out = [] if "--out" in words else ["--out", tmp_path / "out"]
     line = refused("eval.py", *map(fill, words.split()), *out)
