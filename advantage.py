@@ -1,6 +1,6 @@
 """Rewards of multi-turn trajectories -> advantages. Needs only torch; copy freely.
 
-B tasks, G samples per task (the group), K turns, R rewards. Rewards r (B, G, K, R) lie in [0, 1]; NaN = the judge failed.
+B tasks, G samples per task (the group), K turns, R rewards. r (B, G, K, R) lies in [0, 1]; NaN = the judge failed.
 
     turns:   spread=trajectory   S_r  = aggregate_k r_rk          mean | min | product | last; every turn gets this one
                                                                   (the broadcast of MT-EditFlow)
@@ -11,8 +11,8 @@ B tasks, G samples per task (the group), K turns, R rewards. Rewards r (B, G, K,
              reward              A = group(sum_r w_r S_r)                    a reward of wide range drowns the others
     clip:    A in [-5, 5]
 
-NaN is left out of mean and std, and such a sample's A_r is 0. A group whose std in a reward is under min_std gives 0 for
-that reward: set min_std far below the usual spread of every reward, or the reward is switched off.
+NaN is left out of mean and std, and such a sample's A_r is 0. A group whose std in a reward is under min_std gives 0
+for that reward: set min_std far below the usual spread of every reward, or the reward is switched off.
 
 What differs from the published code, and why
 * Flow-GRPO and DiffusionNFT see one picture a sample; turns, their aggregation and their spread are MT-EditFlow's idea.
@@ -36,7 +36,7 @@ FUSE = ("advantage", "reward")
 
 
 def turn_scores(r, aggregate="mean", spread="trajectory"):
-    """What the samples of a group are compared by: rewards r (B, G, K, R) -> S (B, G, 1, R), or (B, G, K, R) by turn."""
+    """What samples of a group are compared by: rewards r (B, G, K, R) -> S (B, G, 1, R), or (B, G, K, R) by turn."""
     if spread == "trajectory":
         return AGGREGATE[aggregate](r)[:, :, None]
     if spread == "turn":

@@ -18,7 +18,7 @@ Sampling, and the replay that trains, for one step of S rows with advantages A (
 
     v = velocity(x, t)                                                  # without gradient, under the old weights
     x_next, logp_old, _, _ = sde_step(v, x, t, t_next, eta=.8, noise=torch.randn_like(x))
-    ...                                                                 # the rest of the trajectory, rewards, advantages
+    ...                                                                 # the rest of the trajectory, then rewards and A
     for _ in range(2):
         v = velocity(x, t)                                              # with gradient, under the new weights
         _, logp, _, _ = sde_step(v, x, t, t_next, eta=.8, x_next=x_next)
@@ -42,7 +42,7 @@ import torch
 
 
 def sde_step(v, x, t, t_next, eta, kind="cps", t_1=None, noise=None, x_next=None):
-    """One denoising step: velocity v and latents x (S, N, C) at time t -> x_next (S, N, C), logp (S,), mu (S, N, C), std.
+    """One denoising step: velocity v, latents x (S, N, C) at time t -> x_next (S, N, C), logp (S,), mu (S, N, C), std.
 
     Give `noise` (S, N, C) to sample, or `x_next` to get the log-probability of what was sampled before. `t`, `t_next`
     and `t_1` are floats. With eta = 0 (or cps at t' = 0) the step is deterministic: std = 0 and logp = 0.

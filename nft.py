@@ -11,7 +11,7 @@ samples (p near 0) worse, by an implicit positive and an implicit negative polic
     loss = A_max / beta (p L+ + (1-p) L-)
     old <- d old + (1-d) policy           d = min(.001 n, .5) after optimizer step n
 
-At v = v_old the loss does not depend on p, and its gradient is A times that of flow matching in x_0 space with weight w,
+At v = v_old the loss does not depend on p, and its gradient is A times that of weighted flow matching in x_0 space,
 mean (x_0(v) - x_0)^2 / w: A_max / beta cancels beta and the 1 / A_max in 2p - 1 = A / A_max (where |A| <= A_max).
 
 What differs from the published code, and why

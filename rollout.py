@@ -47,7 +47,7 @@ class Turn(NamedTuple):
     """What one edit of n rows leaves behind, on the CPU."""
     after: torch.Tensor           # (n, 3, H, W) uint8
     context: torch.Tensor         # (n, N, C) latents of the picture before
-    x: torch.Tensor               # (n, W+1, N, C) latents around the stochastic steps; x_0 alone, (n, 1, N, C), if W = 0
+    x: torch.Tensor               # (n, W+1, N, C) latents around the stochastic steps; only x_0, (n, 1, N, C), if W = 0
     logp: torch.Tensor | None     # (n, W) under the weights that sampled
 
 
@@ -153,17 +153,17 @@ def rollout(editor, tasks, G, K, T, seed, window=range(0), eta=0., kind="cps", s
             first_turn=0, micro=None, keep=True, on_turn=None):
     """Sample G trajectories of K turns for each task, with the weights that the editor has now -> Trajectory.
 
-    The steps in `window` are stochastic (`eta`, `kind`), all others, the last one always, are Euler. All noise is a pure
-    function of `seed`, a tuple of integers (run seed, step), and of a sample's place. `shared_noise`: the rows of a group
-    start each turn from the same noise. `task_rows`: rows of these tasks in the whole step, over all processes.
-    `first_turn`: which turn of the dialogue the first instruction is; only the noise depends on it. `micro`: rows in one
-    forward. `keep=False` leaves latents out of the trajectory (evaluation). `on_turn(k, images)` is called after each
-    turn with the pictures so far, (S, k+2, 3, H, W). ValueError if the window does not fit before the last step, a task
-    has fewer than K instructions, or the pictures' sizes differ.
+    The steps in `window` are stochastic (`eta`, `kind`), all others, the last one always, are Euler. All noise is a
+    pure function of `seed`, a tuple of integers (run seed, step), and of a sample's place. `shared_noise`: the rows of a
+    group start each turn from the same noise. `task_rows`: rows of these tasks in the whole step, over all processes.
+    `first_turn`: which turn of the dialogue the first instruction is; only the noise depends on it. `micro`: rows in
+    one forward. `keep=False` leaves latents out (evaluation). `on_turn(k, images)` is called after each turn with the
+    pictures so far, (S, k+2, 3, H, W). ValueError if the window does not fit before the last step, a task has fewer
+    than K instructions, or the pictures' sizes differ.
     """
     if window and not 0 <= window.start <= T - 1 - len(window):
-        raise ValueError(f"window of {len(window)} steps from step {window.start} must end before the last of {T} steps, "
-                         "which is Euler")
+        raise ValueError(f"window of {len(window)} steps from step {window.start} must end before the last of {T} "
+                         "steps, which is Euler")
     shortest = min(len(task.instructions) for task in tasks)
     if shortest < K:
         raise ValueError(f"a task has {shortest} instructions, fewer than K = {K} turns")

@@ -305,8 +305,9 @@ def nft_terms(editor, trajectory, rows, k, A, keys, cfg):
 
 
 def forward_noise(trajectory, k, j, keys, cfg, device):
-    """The j-th time and noise to see samples of turn k again: t (n,), without replacement from --train-steps' part of the
-    rollout's grid, and eps (n, N, C), both pure functions of each row's key.
+    """The j-th time t (n,) and noise eps (n, N, C) to see samples of turn k again: pure functions of each row's key.
+
+    Times are drawn without replacement from the --train-steps of the rollout's grid.
     """
     grid = trajectory.t[list(trained_steps(cfg))]
     orders = [draw_noise(len(grid), *key, k, 10_000).argsort() for key in keys]
