@@ -737,6 +737,9 @@ def reward_weights(cfg, judge):
 def load_editor(cfg, device, sizes):
     """The editor with what is trained of it, and its optimizer."""
     editor = model.load(cfg.model, device, guidance=cfg.guidance, offload=cfg.offload)
+    without = editor.negative is None and not editor.transformer.config.guidance_embeds
+    if without and cfg.guidance != Config.guidance:
+        raise ValueError(f"--guidance {cfg.guidance} has no effect here: the transformer of {cfg.model} takes none")
     for size in sizes:
         editor.latent_shape(size)                            # refuses a size that is no multiple
     if cfg.lora:

@@ -905,6 +905,7 @@ IDLE = {      # flags without an effect on what was chosen, what the one line mu
     "workers of the exact judge": ("grpo", dict(judge_workers=2), "--judge-workers 2 .*--judge"),
     "rubric of the exact judge": ("grpo", dict(rubric="x"), "--rubric x .*--judge"),
     "offload": ("grpo", dict(offload="true"), "--offload True .*GPU"),
+    "guidance of an editor without": ("grpo", dict(guidance=3), "--guidance 3.0 .*takes none"),
 }
 
 
