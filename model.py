@@ -132,7 +132,7 @@ class Editor:
 
     @torch.no_grad()
     def decode(self, x, size):
-        """Latents (S, N, C) -> pictures (S, 3, H, W) uint8, clamped, rounded: what a judge sees and the next turn gets."""
+        """Latents (S, N, C) -> pictures (S, 3, H, W) uint8, clamped and rounded: what the next turn gets."""
         S, h, w = len(x), size[0] // self.multiple, size[1] // self.multiple
         z = (x * self.std + self.mean).reshape(S, h, w, -1, 2, 2)
         z = z.permute(0, 3, 1, 4, 2, 5).reshape(S, -1, 2 * h, 2 * w)
@@ -142,7 +142,7 @@ class Editor:
         return ((y / 2 + .5).clamp(0, 1) * 255).round().byte()
 
     def velocity(self, x, t, cond, context, size):
-        """v(x_t, t | instruction, picture before): x, context (S, N, C), t (S,), rows of condition() -> (S, N, C) float32.
+        """v(x_t, t | instruction, picture before) (S, N, C) float32, of x and context (S, N, C), t (S,), rows of cond.
 
         With true CFG both branches are part of the graph, so that log-probabilities are those of what was sampled.
         """
@@ -196,9 +196,9 @@ class Editor:
 class KontextEditor(Editor):
     """FLUX.1-Kontext: the context picture's tokens follow the noisy ones in the sequence, with first position id 1.
 
-    Guidance is distilled: an input of the transformer, where that has one. T5 sees the first 128 tokens of a text, as in
-    the public recipes; the pipeline's own default is 512, and the padding makes other pictures. The LoRA lists are those
-    of Flow-GRPO's Kontext recipe (all) and DiffusionNFT's (attention).
+    Guidance is distilled: an input of the transformer, where that has one. T5 sees the first 128 tokens of a text, as
+    in Flow-GRPO; the pipeline's own default is 512, and its padding makes other pictures. The LoRA lists are those of
+    Flow-GRPO's Kontext recipe (all) and DiffusionNFT's (attention).
     """
     guidance = 2.5
     max_text = 128
@@ -371,8 +371,8 @@ def load_pipeline(path, dtype, on_cpu):
     models = {}
     for name, (library, class_name) in parts.items():
         if name in ("transformer", "vae") or name.startswith("text_encoder"):
-            kind = getattr(diffusers if library == "diffusers" else transformers, class_name)
-            models[name], info = kind.from_pretrained(folder / name, dtype=dtype, output_loading_info=True)
+            model_class = getattr(diffusers if library == "diffusers" else transformers, class_name)
+            models[name], info = model_class.from_pretrained(folder / name, dtype=dtype, output_loading_info=True)
             missing = [key for key in sorted(info["missing_keys"]) if "num_batches_tracked" not in key]
             if missing:
                 raise ValueError(f"{name}/ lacks {missing[0]} ({len(missing)} missing in all)")
@@ -391,8 +391,8 @@ def find_folder(path):
 def fingerprint(path):
     """Short digest of the content at a path: a model folder, a LoRA file or folder, or a hub id by its cached files.
 
-    Of a file over 256 MB, 256 blocks of 1 MB count. A hub id of which nothing is cached: a digest of its name.
-    ValueError if a folder holds neither a model nor a LoRA.
+    Of a file over 256 MB, 256 blocks of 1 MB count. A hub id of which nothing is cached: a digest of its name (so ask
+    after it was loaded). ValueError if a folder holds neither a model nor a LoRA.
     """
     found, digest = find_folder(path), hashlib.sha256()
     if not found.exists():
@@ -403,8 +403,8 @@ def fingerprint(path):
             return hashlib.sha256(str(path).encode()).hexdigest()[:16]
     # the files that a model is loaded from, or the one with trained weights
     if (found / "model_index.json").is_file():
-        kinds = {".json", ".safetensors", ".bin", ".txt", ".model", ".jinja"}
-        files = sorted(file for file in found.rglob("*") if file.suffix in kinds)
+        endings = {".json", ".safetensors", ".bin", ".txt", ".model", ".jinja"}
+        files = sorted(file for file in found.rglob("*") if file.suffix in endings)
     else:
         found = find_weights(found)
         files = [found]
@@ -467,8 +467,8 @@ def add_lora(editor, rank, alpha=None, targets="all", seed=0):
     transformer, chosen = editor.transformer, set()
     if rank == 0:
         if transformer.dtype != torch.float32:
-            raise ValueError(f"LoRA rank 0 trains the transformer itself, which is in {transformer.dtype}: a step of 1e-4 is "
-                             "below the precision of most of its numbers, they would never move; train a LoRA")
+            raise ValueError(f"LoRA rank 0 trains the transformer itself, here in {transformer.dtype}: a step of 1e-4 "
+                             "is below the precision of most of its numbers, they would never move; train a LoRA")
         transformer.requires_grad_(True)
         editor.trained = dict(transformer.named_parameters())
         editor.copy_weights("ref", "old", "ema")
@@ -510,8 +510,8 @@ def lora_key(name, letter):
 def save_weights(editor, folder, name="policy"):
     """Write a weight set in diffusers' layout: a LoRA as LORA_FILE, with rank 0 a `transformer` folder.
 
-    Each file is whole or as it was before. alpha / r is folded into B: files of PEFT's layout, or with alpha left out,
-    load in diffusers with another effect or none. OSError if it cannot be written, ValueError if a number is not finite.
+    Each file is whole or as it was before. alpha / r is folded into B: a file of PEFT's layout, or with alpha left out,
+    loads in diffusers with another effect or none. OSError if it cannot be written, ValueError if it is not finite.
     """
     folder, transformer, state = Path(folder), editor.transformer, {}
     with editor.using(name):
@@ -543,7 +543,7 @@ def write_whole(file, writer):
 
 
 def find_weights(path):
-    """The file that save_weights wrote: the path itself, or in it a LoRA or a transformer. ValueError if there is none."""
+    """The file that save_weights wrote: the path itself, or a LoRA or transformer in it. ValueError: there is none."""
     path = Path(path)
     for file in (path / "transformer" / WHOLE_FILE, path / WHOLE_FILE, path / LORA_FILE, path):
         if file.is_file():

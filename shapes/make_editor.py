@@ -27,6 +27,7 @@ VAE = dict(
     sample_size=world.SIZE, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False)
 DIALOGUES = 20_000          # clean dialogues of three edits that the flow model learns from
 FIRST_DIALOGUE = 10 ** 6    # of them: far from those that reinforcement learning trains on
+SAVE_EVERY = 100            # steps between checkpoints
 
 
 # --------------------------------------------------------------------------------------- shared with make_judge.py
@@ -128,7 +129,7 @@ def train_vae(work, steps, batch=16, lr=1.5e-3):
             part.step()
         if step % 20 == 0:
             bar.set_postfix(l1=f"{l1:.4f}", mse=f"{l2:.5f}", kl=f"{kl:.2f}")
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_progress(work / "vae.pt", step + 1, parts, rng=torch.get_rng_state())
     return vae
 
@@ -310,10 +311,11 @@ def train_flow(work, vae, steps, batch=128, lr=2e-3):
         for part in (*optimizers.values(), *schedules.values()):
             part.step()
         decay = min(.99, (1 + step) / (10 + step))
-        torch._foreach_lerp_(ema, params, 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(ema, params, 1 - decay)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss:.4f}")
-        if (step + 1) % 100 == 0:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_progress(work / "flow.pt", step + 1, parts, ema=ema, generator=generator.get_state())
     with torch.no_grad():
         torch._foreach_copy_(params, ema)

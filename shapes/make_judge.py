@@ -25,7 +25,7 @@ from data import Parser, run_main
 from model import write_whole
 from rollout import Task, rollout
 from shapes import world
-from shapes.make_editor import load_progress, muon_and_adamw, save_progress, scheduled
+from shapes.make_editor import SAVE_EVERY, load_progress, muon_and_adamw, save_progress, scheduled
 
 HERE = Path(__file__).parent
 REWARDS = ("following", "consistency")
@@ -557,7 +557,7 @@ def train_judge(work, steps, batch=32, lr=2e-3, dialogues=4000):
             optimizer.zero_grad()
         if step % 50 == 0:
             bar.write(f"{step} " + " ".join(f"{name} {value:.3f}" for name, value in averages.items()))
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_progress(work / "judge.pt", step + 1, progress)
     return judge.eval(), processor
 

@@ -170,7 +170,7 @@ def test_both_branches_of_cfg_have_a_gradient(family):
     editor = tiny_editor(family, PIPES[family](), rank=2, moved=.1)
     x, t, cond, context, size = rows_of(editor, TEXTS[:1], pictures(1, (64, 64)), (64, 64))
     name = next(n for n in editor.trained if n.endswith("0.attn.to_q.B"))
-    p, h, weight = editor.trained[name], 1e-2, draw_noise(x.shape, 5)         # a sum of squares is what Qwen's guidance keeps
+    p, h, weight = editor.trained[name], 1e-2, draw_noise(x.shape, 5)         # Qwen's guidance keeps a sum of squares
     loss = lambda: (editor.velocity(x, t, cond, context, size).double() * weight).sum()
     loss().backward()
     slope, along, values = p.grad.norm().item(), p.grad / p.grad.norm(), []
@@ -348,7 +348,8 @@ def sample(editor, cfg, size=(64, 80), micro=2):
     tasks = [one_task(size, text, TEXTS[2]) for text in TEXTS[:cfg.tasks]]
     window = range(1, 1 + cfg.window) if cfg.algo == "grpo" else range(0)
     with editor.using("old"):
-        return rollout(editor, tasks, cfg.group, cfg.turns, cfg.denoise, (0, 1), window, cfg.eta, cfg.step_kind, micro=micro)
+        return rollout(editor, tasks, cfg.group, cfg.turns, cfg.denoise, (0, 1), window, cfg.eta, cfg.step_kind,
+                       micro=micro)
 
 
 def one_update(editor, cfg, trajectory, micro=2):

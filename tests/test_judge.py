@@ -203,8 +203,8 @@ def test_pictures_of_the_editor_are_made_once_and_without_noise_for_the_report(t
     windows, made = [], make_judge.rollout
     monkeypatch.setattr(make_judge, "rollout",
                         lambda *args, **options: windows.append(options.get("window")) or made(*args, **options))
-    tasks, images = make_judge.edits(tmp_path, "editor", "test", 0, 2)
-    again = make_judge.edits(tmp_path, "editor", "test", 0, 2)
+    tasks, images = make_judge.edits(tmp_path, "editor", "test", 1, 2)
+    again = make_judge.edits(tmp_path, "editor", "test", 1, 2)
     assert windows == [None] and images.shape == (2, 4, 3, 48, 48) and torch.equal(images, again[1])
     assert torch.equal(images[:, 0], pictures(tasks, clean)[:, 0])
     for start in range(4):
@@ -215,11 +215,14 @@ def test_pictures_of_the_editor_are_made_once_and_without_noise_for_the_report(t
 def test_its_training_resumes_bit_for_bit(part, tmp_path, monkeypatch):
     """A run that is killed, continued, and learns from another point than where it was."""
     monkeypatch.setattr(make_judge, "edits", lambda *_: (part.tasks, part.images))
+    batches, draw = [], make_judge.draw_questions
+    monkeypatch.setattr(make_judge, "draw_questions", lambda *args: batches.append(args[1]) or draw(*args))
     states = {}
     for name, steps in (("a", (2,)), ("b", (1, 2))):
         for n in steps:
             make_judge.train_judge(tmp_path / name, n, batch=4, dialogues=500)
             states[name, n] = torch.load(tmp_path / name / "judge.pt", weights_only=True)
+    assert batches == 2 * (make_judge.KINDS + make_judge.KINDS[:4]), "the second run goes on where the first stopped"
     a, b = states["a", 2], states["b", 2]
     assert a["step"] == b["step"] == 2
     before = states["b", 1]["parts"]["judge"]

@@ -378,7 +378,7 @@ def test_rank_0_trains_saves_and_loads_the_whole_transformer(tmp_path):
 
 
 def test_alphas_that_mean_nothing_are_refused(tmp_path):
-    """Catches: --lora-alpha 0 trains for hours without an effect, -5 in the wrong direction; nan in a file's own keys."""
+    """Catches: --lora-alpha 0 trains for hours without an effect, -5 in the wrong direction; nan in a file's keys."""
     for alpha in (0, -5, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"alpha {alpha}"):
             model.add_lora(new_editor(), 4, alpha)
@@ -469,7 +469,7 @@ def test_a_transformer_of_another_model_is_refused(tmp_path):
 
 
 class PipelineOfTheDocs:
-    """What the snippet of docs/editors.md gets in place of the 12 B pipeline: the embedded one, from rollout's noise."""
+    """What the snippet of docs/editors.md gets in place of 12 B parameters: the embedded ones, from rollout's noise."""
 
     def __init__(self, folder):
         self.folder, self.turn, self.pipe = folder, 0, load_pipe()
@@ -488,7 +488,7 @@ class PipelineOfTheDocs:
 
 
 def test_the_docs_snippet_for_diffusers_makes_the_pictures_that_eval_makes(tmp_path, monkeypatch):
-    """Catches: a documented call that pads the text to 512 tokens, or edits a picture of 1 MP in place of the one given."""
+    """Catches: a documented call that pads the text to 512 tokens, or edits a picture of 1 MP in place of its own."""
     pytest.importorskip("peft")
     (snippet,) = re.findall(r"```python\n(import torch.*?)```", (ROOT / "docs" / "editors.md").read_text(), re.DOTALL)
     editor, (task,) = model.KontextEditor(PipelineOfTheDocs(tmp_path).pipe, "cpu"), make_tasks(1)
@@ -567,7 +567,7 @@ FILES = ["tokenizer/tokenizer.json", "tokenizer_2/tokenizer.json", "tokenizer_2/
 
 @pytest.mark.parametrize("lost", FILES)
 def test_an_editor_with_a_missing_file_is_refused_before_its_models_are_read(tmp_path, lost, monkeypatch):
-    """Catches: a tokenizer without words, or a text encoder of default size, made up in silence: a run ends with exit 0."""
+    """Catches: a tokenizer without words, or a text encoder of default size, made up in silence: exit 0 at the end."""
     folder = tmp_path / "x"
     shutil.copytree(editor_folder(), folder)
     shutil.rmtree(folder / lost) if (folder / lost).is_dir() else (folder / lost).unlink()
@@ -646,7 +646,7 @@ def test_a_fingerprint_is_that_of_the_content(tmp_path):
 
 
 def test_the_fingerprint_of_a_lora_is_that_of_its_file_alone(tmp_path):
-    """Catches: a run whose metrics grow and whose LoRA therefore seems to be another one; a folder and its file that differ."""
+    """Catches: a run whose metrics grow and whose LoRA therefore seems to be another; a folder unlike its file."""
     model.save_weights(new_editor(4, moved=.1), tmp_path / "a")
     model.save_weights(new_editor(4, moved=.2), tmp_path / "b")
     one = model.fingerprint(tmp_path / "a")
