@@ -154,8 +154,8 @@ def rollout(editor, tasks, G, K, T, seed, window=range(0), eta=0., kind="cps", s
     """Sample G trajectories of K turns for each task, with the weights that the editor has now -> Trajectory.
 
     The steps in `window` are stochastic (`eta`, `kind`), all others, the last one always, are Euler. All noise is a
-    pure function of `seed`, a tuple of integers (run seed, step), and of a sample's place. `shared_noise`: the rows of a
-    group start each turn from the same noise. `task_rows`: rows of these tasks in the whole step, over all processes.
+    pure function of `seed`, a tuple of integers (run seed, step), and of a sample's place. `shared_noise`: the rows of
+    a group start each turn from the same noise. `task_rows`: rows of these tasks in the whole step, over all processes.
     `first_turn`: which turn of the dialogue the first instruction is; only the noise depends on it. `micro`: rows in
     one forward. `keep=False` leaves latents out (evaluation). `on_turn(k, images)` is called after each turn with the
     pictures so far, (S, k+2, 3, H, W). ValueError if the window does not fit before the last step, a task has fewer
