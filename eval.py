@@ -313,16 +313,18 @@ def collect(plan, names):
         clean = measured["clean"] = success("clean")
         clean[..., 0] = success("own")[..., 0].where(probed, math.nan)
     rewards = {name: tables["own", name] for name in names}
-    consistency = rewards["consistency"][..., None]
+    consistency = tables["own", "consistency"][..., None]
     return Scores(success("own"), consistency, measured, rewards, lambda row: load_pictures(plan[row]))
 
 
 # ----------------------------------------------------------------------------------------------------------- measure
 
 def successes(r, names):
-    """Rewards (..., R) -> s (...) in {0, 1}, NaN where the judge failed."""
+    """Rewards (..., R) -> s (...) in {0, 1}, NaN where the judge failed, or does not judge following."""
     if "success" in names:
         return r[..., names.index("success")]
+    if "following" not in names:
+        return torch.full_like(r[..., 0], math.nan)
     following = r[..., names.index("following")]
     return torch.where(following.isnan(), following, (following >= .5).to(following.dtype))
 
@@ -672,10 +674,14 @@ def read_json(path):
 
 
 def made_of(settings, tasks):
-    """What pictures depend on, by content and not by path: {what: its digest or value}."""
+    """What pictures depend on, by content and not by path: {what: its digest or value}. ValueError if it is not there."""
+    folder = model.find_folder(settings.model)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"--model {settings.model} is no editor: it has no model_index.json")
     found = {"denoise": settings.denoise, "guidance": settings.guidance, "resolution": settings.resolution}
-    for arm, path in {"base": settings.model, **settings.lora}.items():
-        found[f"weights of {arm}"] = model.fingerprint(path)
+    found["weights of base"] = model.fingerprint(settings.model)
+    for arm, path in settings.lora.items():
+        found[f"weights of {arm}"] = model.fingerprint(model.find_weights(path))
     return found | made_of_tasks(tasks, settings.turns)
 
 
