@@ -596,6 +596,21 @@ def test_an_evaluation_may_grow(faulty):
     assert close(result["arms"], faulty((.7, .3), None, words, faulty.out.parent / "fresh")["arms"])
 
 
+def test_probes_are_spread_over_the_tasks():
+    """Catches: probes on the first tasks of a file alone, which may be of one kind; turns of another number."""
+    tasks = make_tasks(10, K=3)
+    plan = evaluation.make_plan(tasks, 3, 2, 4)
+    rows = {(d.seed, d.part, d.turns): [] for d in plan}
+    for d in plan:
+        rows[d.seed, d.part, d.turns].append(d.row)
+    probed = [0, 2, 5, 7]
+    for seed in (0, 1):
+        assert rows.pop((seed, "own", range(3))) == list(range(10))
+        assert rows.pop((seed, "clean", range(1, 2))) == rows.pop((seed, "clean", range(2, 3))) == probed
+        assert rows.pop((seed, "nothing", range(3))) == probed
+    assert not rows and [d.row for d in evaluation.make_plan(tasks, 1, 1, 99) if d.part == "nothing"] == list(range(10))
+
+
 def test_the_passes_see_the_same_tasks_and_noise(faulty):
     """Catches: clean contexts of another dialogue, or edited from other noise than the model's own turn."""
     faulty((.5, .5), None, "--tasks 16 --probes 16 --judge none")
@@ -653,6 +668,9 @@ def test_a_turn_on_which_the_judge_failed_is_null_and_asked_again(faulty, monkey
     down.fill_(False)
     result = faulty((.7, .3), None, words)["arms"]["base"]
     assert result["judge_failed"] == 0 and result["n"]["M"] == [5, 5, 5] and len(lines_of(faulty.out)) == 18
+    # whatever order the lines are in: other processes write other files
+    file = faulty.out / "arms" / "base" / "scores.jsonl"
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
     down.fill_(True)
     assert faulty((.7, .3), None, words)["arms"]["base"] == result and len(lines_of(faulty.out)) == 18
 
@@ -896,7 +914,7 @@ IMPOSSIBLE = {      # what is typed (RUN and TMP are folders), what the one line
     "run without config": ("--run TMP", "TMP.*config.json"),
     "config that is a list": ("--run LIST", "LIST/config.json must hold a JSON object, not a list"),
     "config that is no JSON": ("--run WORDS", "WORDS/config.json cannot be read"),
-    "no editor": ("--model TMP", "TMP"),
+    "no editor": ("--model TMP", "TMP is no editor"),
     "missing lora": ("--model EDITOR --lora TMP/nowhere", "no LoRA at TMP/nowhere"),
     "folder without lora": ("--model EDITOR --lora TMP", "no LoRA at TMP"),
     "no tasks": ("--model EDITOR --tasks 0", "--tasks 0.*at least 1"),
@@ -925,9 +943,12 @@ IMPOSSIBLE = {      # what is typed (RUN and TMP are folders), what the one line
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
-def test_bad_input_is_refused_in_one_line_and_nothing_is_written(case, run, tmp_path):
-    """Catches: a traceback, a default taken in silence, the base evaluated for an hour before a LoRA is missed."""
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(case, run, tmp_path, monkeypatch):
+    """Catches: a traceback, a default taken in silence, an editor or a judge loaded before a typing error is told."""
     words, expected = IMPOSSIBLE[case]
+    if case not in ("lora of another family", "no judge", "a rubric for the exact judge"):
+        monkeypatch.setattr(model, "load", None)
+        monkeypatch.setattr(reward, "load", None)
     (tmp_path / "empty").mkdir()
     (tmp_path / "tasks.jsonl").write_text("\n\n")
     for name, text in (("list", "[1]"), ("words", "no JSON")):

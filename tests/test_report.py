@@ -11,6 +11,7 @@ from PIL import Image
 
 import eval as evaluation
 from bench import report
+from bench.report import nice
 from fixtures import make_tasks
 
 NAN = float("nan")
@@ -157,14 +158,28 @@ def test_the_html_stands_alone_and_says_what_its_filters_need(written):
     assert "not significant" in text or "95 % interval" in text
 
 
-def test_the_sheets_show_what_they_promise(written):
-    """Catches: wins shown as losses; a sheet of the best cases alone."""
+def test_the_sheets_show_what_they_promise(written, tmp_path, monkeypatch):
+    """Catches: wins shown as losses; a sheet of the best cases alone; a failed judge among the failed edits."""
     out, _, arms, tasks = written
     names = {f.stem for f in (out / "sheets").iterdir()}
     assert {"random", "wins-tuned", "failures-base", "failures-tuned"} <= names
     order, turns = report.gains(arms, "tuned")
     by_hand = np.nan_to_num((arms["tuned"].success - arms["base"].success).numpy()).sum((0, 2)) / 2
     assert np.allclose(turns, by_hand) and turns[order[-1]] == max(by_hand) and turns[order[0]] == min(by_hand)
+    drawn = {}
+    monkeypatch.setattr(evaluation, "contact_sheet", lambda rows, path: drawn.setdefault(path.stem, rows))
+    report.draw_sheets(arms, tasks, tmp_path, most=3)
+    labels = [label for label, *_ in drawn["wins-tuned"]]
+    for i, row in enumerate(order[::-1][:3]):
+        assert labels[2 * i:2 * i + 2] == [f"{arm}, dialogue {row}\n{turns[row]:+g} turns" for arm in ("base", "tuned")]
+    assert len(drawn["random"]) == 3 * 3 and len({label for label, *_ in drawn["random"]}) == 9
+    failures = {}
+    for arm in arms:
+        for label, _, _, marks in drawn.get(f"failures-{arm}", []):
+            dialogue, kind, turn = re.fullmatch(r".*, dialogue (\d)\n(.*) failed at turn (\d)", label).groups()
+            assert marks[int(turn) - 1] == 0 and nice(tasks[int(dialogue)].kinds[int(turn) - 1]) == kind
+            failures[arm, kind] = failures.get((arm, kind), 0) + 1
+    assert failures and max(failures.values()) == 2
 
 
 def test_the_html_of_many_dialogues_shows_extremes_and_chance():
