@@ -725,8 +725,9 @@ def main(argv=None):
     # Everything that can be refused without an editor and a judge.
     settings = settle(parse(argv))
     out = Path(settings.out)
-    if out.is_file():
-        raise ValueError(f"--out {out} is a file, expected a folder")
+    place = next(place for place in (out, *out.parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"--out {out}: {place} is no folder that can be written to")
     tasks = data.load(settings.data, settings.split, settings.turns, settings.resolution, settings.tasks)
     if not tasks:
         raise ValueError(f"--split {settings.split} of {settings.data} is empty")

@@ -80,6 +80,8 @@ def test_success_is_the_judges_own_or_following_of_one_half():
     s = evaluation.successes(r[..., :2], ["following", "consistency"])[0]
     assert s[:2].tolist() == [1, 0] and s[2].isnan()
     assert evaluation.successes(torch.tensor([[[.5, 1.]]]), ["following", "consistency"]).item() == 1
+    # a reward of one's own that says nothing of following
+    assert evaluation.successes(torch.ones(2, 3, 1), ["smile"]).isnan().all()
 
 
 def test_edit_types_are_counted_over_turns_and_per_turn():
@@ -934,7 +936,8 @@ IMPOSSIBLE = {      # what is typed (RUN and TMP are folders), what the one line
     "a table": ("--model EDITOR --data TMP/none.csv", "TMP/none.csv.*no such file"),
     "empty data": ("--model EDITOR --data EMPTY --judge exact", "tasks.jsonl holds no tasks"),
     "lora of another family": ("--model EDITOR --lora OTHER", "does not fit this editor"),
-    "a file as out": ("--model EDITOR --out EMPTY", "EMPTY is a file"),
+    "a file as out": ("--model EDITOR --out EMPTY", "EMPTY is no folder"),
+    "out in a file": ("--model EDITOR --out EMPTY/a/b", "--out EMPTY/a/b: EMPTY is no folder"),
     "unknown flag": ("--model EDITOR --task 3 --lorra=x", "unrecognized arguments.*--lorra=x"),
     "missing data": ("--model EDITOR --data TMP/none.jsonl", "TMP/none.jsonl.*no such file"),
     "no judge": ("--model EDITOR --judge TMP", "TMP"),
