@@ -674,7 +674,7 @@ def read_json(path):
 
 
 def made_of(settings, tasks):
-    """What pictures depend on, by content and not by path: {what: its digest or value}. ValueError if it is not there."""
+    """What pictures depend on, by content: {what: its digest or value}. ValueError for weights that are not there."""
     folder = model.find_folder(settings.model)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ValueError(f"--model {settings.model} is no editor: it has no model_index.json")
