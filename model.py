@@ -29,6 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
              "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+CHUNK = 16 * 48 * 48     # pixels that a CPU puts through a VAE at a time
 
 
 # ------------------------------------------------------------------------------------------------------------ editors
@@ -115,6 +116,15 @@ class Editor:
         index = torch.tensor([distinct.index(key) for key in keys])
         return {name: value.cpu() for name, value in cond.items()}, index
 
+    def in_chunks(self, work, x, pixels):
+        """work(x), on a CPU as many pictures at a time as its cache holds: the same numbers, in 2/3 of the time."""
+        if self.device.type != "cpu" or len(x) == 0:
+            return work(x)
+        # Never one picture out of several: alone it is computed in another layout, with other rounding.
+        few = max(3, CHUNK // pixels)
+        parts = x.tensor_split(math.ceil(len(x) / few))
+        return torch.cat([work(part) for part in parts])
+
     @torch.no_grad()
     def encode(self, pictures):
         """Pictures (S, 3, H, W) uint8 -> latents (S, N, C) float32: the posterior's mode, packed, normalised."""
@@ -125,7 +135,7 @@ class Editor:
         y = y.to(self.vae.dtype).contiguous(memory_format=self.memory_format)
         # a VAE for video takes a picture for its first frame
         y = y[:, :, None] if self.video else y
-        z = self.vae.encode(y).latent_dist.mode().float()
+        z = self.in_chunks(lambda part: self.vae.encode(part).latent_dist.mode(), y, H * W).float()
         # 2 x 2 latent pixels make one token
         z = z.reshape(S, -1, h, 2, w, 2).permute(0, 2, 4, 1, 3, 5).reshape(S, N, C)
         return (z - self.mean) / self.std
@@ -138,7 +148,8 @@ class Editor:
         z = z.permute(0, 3, 1, 4, 2, 5).reshape(S, -1, 2 * h, 2 * w)
         z = z.to(self.vae.dtype).contiguous(memory_format=self.memory_format)
         z = z[:, :, None] if self.video else z
-        y = self.vae.decode(z).sample.float().reshape(S, 3, *size)
+        y = self.in_chunks(lambda part: self.vae.decode(part).sample, z, size[0] * size[1])
+        y = y.float().reshape(S, 3, *size)
         return ((y / 2 + .5).clamp(0, 1) * 255).round().byte()
 
     def velocity(self, x, t, cond, context, size):
@@ -169,6 +180,11 @@ class Editor:
         h, w = size[0] // self.multiple, size[1] // self.multiple
         return torch.cartesian_prod(torch.tensor(layers), torch.arange(h), torch.arange(w)).to(self.device)
 
+    @property
+    def exact(self):
+        """Are a row's numbers the same in any batch? In float32; in bfloat16 other batches sum in another order."""
+        return self.transformer.dtype == torch.float32
+
     @contextmanager
     def using(self, name):
         """Run with another weight set: policy (being trained), old (sampled), ref (before training), ema (averaged)."""
@@ -181,6 +197,22 @@ class Editor:
         finally:
             for p, value in zip(self.trained.values(), before):
                 p.data = value
+
+    @contextmanager
+    def merged(self):
+        """Make W + s B A once for all forwards without gradient in here; the weight set must stay the same meanwhile.
+
+        In float32 only: in bfloat16 the sum would round B A away. Nothing is changed that would have to be undone.
+        """
+        layers = [module for module in self.transformer.modules() if isinstance(module, LoRALinear)]
+        try:
+            with torch.no_grad():
+                for layer in layers:
+                    layer.merged = layer.weight() if layer.base.weight.dtype == torch.float32 else None
+            yield self
+        finally:
+            for layer in layers:
+                layer.merged = None
 
     def copy_weights(self, *names):
         """Make or renew weight sets as copies of the policy."""
@@ -445,15 +477,19 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, rank, alpha, generator=None):
         super().__init__()
-        self.base, self.scale = base, alpha / rank
+        self.base, self.scale, self.merged = base, alpha / rank, None
         A = torch.randn(rank, base.in_features, generator=generator) / math.sqrt(base.in_features)
         B = torch.zeros(base.out_features, rank)
         self.A, self.B = nn.Parameter(A.to(base.weight.device)), nn.Parameter(B.to(base.weight.device))
 
+    def weight(self):
+        return self.base.weight + self.scale * (self.B @ self.A)
+
     def forward(self, x):
         if self.base.weight.dtype == torch.float32:
             # one product of x, not three; in bfloat16 W + B A would round B A away
-            return F.linear(x, self.base.weight + self.scale * (self.B @ self.A), self.base.bias)
+            kept = None if torch.is_grad_enabled() else self.merged
+            return F.linear(x, self.weight() if kept is None else kept, self.base.bias)
         return self.base(x) + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
 
 

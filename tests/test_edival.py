@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import Future
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -306,6 +307,7 @@ class CopyEditor:
     device, multiple, negative, guidance, max_text = torch.device("cpu"), 16, None, 1., 77
     pipe, transformer = type("FluxKontextPipeline", (), {})(), SimpleNamespace(dtype=torch.float32)
     loaded = []
+    merged, exact = nullcontext, True
 
     def latent_shape(self, size):
         return size[0] * size[1] // 256, 768

@@ -77,6 +77,19 @@ def test_decode_equals_the_pipelines_own_as_uint8(size):
     assert same_pictures(ours, torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in expected]))
 
 
+@SIZES
+def test_chunks_of_a_vae_change_no_bit(size, monkeypatch):
+    """Catches: a chunk lost or in another order, and one of a single picture, which is not computed as in a batch."""
+    editor, images = new_editor(), pictures(7, size)
+    x = draw_noise((7, *editor.latent_shape(size)), 1)
+    results = []
+    for few in (7, 3, 6, 1):                                     # pictures at a time
+        monkeypatch.setattr(model, "CHUNK", few * size[0] * size[1])
+        results.append((editor.encode(images), editor.decode(x, size)))
+    for context, after in results[1:]:
+        assert torch.equal(context, results[0][0]) and torch.equal(after, results[0][1])
+
+
 @pytest.mark.parametrize("size, T", [((48, 48), 8), ((48, 48), 3), ((32, 64), 5)])
 def test_one_turn_of_rollout_is_the_pipelines_own_output(size, T):
     """Catches: a wrong time grid, t off by 1000, context with the noise's position ids, rows and columns swapped."""
@@ -239,6 +252,33 @@ def test_weight_sets_swap_and_come_back():
             assert all(torch.equal(p, q) for p, q in zip(editor.trained.values(), policy))
     names = list(seen)
     assert all((seen[a] - seen[b]).abs().max() > 1e-4 for a in names for b in names if a < b)
+
+
+def test_a_merged_lora_changes_no_bit_and_is_gone_afterwards():
+    """Catches: another sum in the merged weight, one kept after the block or after an error in it, one used where
+    gradients are wanted, one that takes the place of the LoRA in bfloat16."""
+    editor = model.add_lora(new_editor(), 4, targets="every")
+    move(editor, .1)
+    args = inputs(editor)
+    with torch.no_grad():
+        expected = editor.velocity(*args)
+        with editor.merged():
+            assert torch.equal(editor.velocity(*args), expected)
+    with pytest.raises(KeyError), editor.merged():
+        assert torch.equal(editor.velocity(*args), expected)     # with gradient: not the merged one
+        editor.velocity(*args).sum().backward()
+        raise KeyError
+    assert all(p.grad is not None for p in editor.trained.values())
+    move(editor, .1, seed=1)
+    with torch.no_grad():
+        changed = editor.velocity(*args)
+    assert not torch.equal(changed, expected)
+
+    editor.transformer.to(torch.bfloat16)
+    with torch.no_grad():
+        expected = editor.velocity(*args)
+        with editor.merged():
+            assert torch.equal(editor.velocity(*args), expected)
 
 
 def test_the_policy_comes_back_after_an_exception_and_from_inside_another_set():
