@@ -341,8 +341,9 @@ def update(editor, trajectory, A, used, optimizer, cfg, step, share):
     device, params = editor.device, list(editor.trained.values())
     names = LOGGED[cfg.algo] + ["kl"] * (cfg.kl > 0)
     totals, n_total, norms, deviations, skipped = torch.zeros(len(names), device=device), 0, [], {}, 0
-    # In bfloat16 a batch of another size may compute another log-probability, and GRPO's ratio must start at 1.
-    whole = cfg.algo == "grpo" and editor.transformer.dtype != torch.float32
+    # A ratio must start at 1, and in bfloat16 a batch of another size may compute another log-probability.
+    has_ratio = "log_ratio" in names
+    whole = has_ratio and editor.transformer.dtype != torch.float32
     for settings in optimizer.param_groups:
         settings["lr"] = cfg.lr * min(1, step / WARMUP)
 
@@ -364,7 +365,7 @@ def update(editor, trajectory, A, used, optimizer, cfg, step, share):
                 largest = torch.maximum(largest, info.pop("ratio_deviation", largest).max())
                 for name, value in (info | {"loss": loss.detach()}).items():
                     sums[name] += (value * counts).sum()
-        if cfg.algo == "grpo":
+        if has_ratio:
             deviations[f"ratio_deviation_{u + 1}"] = check_ratio(largest, not norms, cfg, share)
 
         # The same gradient on every process, so that all of them decide and move alike.
