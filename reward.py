@@ -240,7 +240,7 @@ class LocalJudge(VLMJudge):
 
     def __init__(self, path, device, *asking):
         from huggingface_hub import HfApi, try_to_load_from_cache
-        from model import find_folder, fingerprint
+        from model import find_folder, fingerprint, in_bfloat16
         from transformers import AutoModelForImageTextToText, AutoProcessor
         super().__init__(*asking)
         self.path, self.device, folder = path, torch.device(device), find_folder(path)
@@ -257,6 +257,7 @@ class LocalJudge(VLMJudge):
             raise ValueError("its tokenizer has no token of its own for each digit")
         self.digits = torch.tensor(ids, device=self.device)
         dtype = "auto" if self.device.type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if in_bfloat16("judge", device) else dtype
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device).eval()
         # A folder's json, jinja and safetensors files, or the hub's name for what it gave.
         files = [fingerprint(file) for file in sorted(folder.glob("*.[js]*"))]
