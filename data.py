@@ -13,6 +13,7 @@ import re
 import sys
 import warnings
 from contextlib import contextmanager
+from dataclasses import field, fields
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,74 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise ValueError(message)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def option(default, help, choices=None, low=None, above=None, high=None, group=None, switch=False):
+    """A dataclass field that is a flag; `low`, `above` and `high` bound it. A `switch` takes no value."""
+    bounds = {"at least": low, "greater than": above, "at most": high}
+    bounds = {words: bound for words, bound in bounds.items() if bound is not None}
+    return field(default=default, metadata=dict(help=help, choices=choices, bounds=bounds, group=group, switch=switch))
+
+
+def truth(word):
+    """"true" or "false", from the command line."""
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+    return word.lower() == "true"
+
+
+def parse_flags(settings, description, argv=None):
+    """Command line of a dataclass of options -> {name: value} of the flags that are given. ValueError for a bad one."""
+    parser = Parser(usage="%(prog)s [--flag value ...]", description=description,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser
+    for f in fields(settings):
+        choices, bounds = f.metadata["choices"], f.metadata["bounds"]
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        notes = [f"{words} {bound:g}" for words, bound in bounds.items()]
+        if "default" not in f.metadata["help"]:
+            notes.insert(0, f"default: {f.default}")
+        how = {"help": f.metadata["help"] + f" ({', '.join(notes)})" * bool(notes)}
+        if f.metadata["switch"]:
+            how = {"help": f.metadata["help"], "action": "store_true", "default": None}
+        elif f.type is bool:
+            how |= {"type": truth, "metavar": "{true,false}"}
+        elif f.type is dict:
+            how |= {"action": "append", "metavar": "[NAME=]PATH"}
+        else:
+            how |= {"type": f.type, "choices": choices, "metavar": None if choices else ""}
+        group.add_argument(flag(f.name), **how)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    for f in fields(settings):
+        if f.name in given and f.type in (int, float):
+            check_bounds(flag(f.name), given[f.name], f.metadata["bounds"])
+    return given
+
+
+def check_bounds(name, value, bounds):
+    """ValueError unless a number is finite and within its bounds, which it names."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name} {value} must be a finite number")
+    holds = {"at least": float.__ge__, "greater than": float.__gt__, "at most": float.__le__}
+    for words, bound in bounds.items():
+        if not holds[words](float(value), float(bound)):
+            raise ValueError(f"{name} {value} must be {words} {bound:g}")
+
+
+def read_json(path):
+    """A JSON object. ValueError if there is none."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(found).__name__}")
+    return found
 
 
 def one_line(error):

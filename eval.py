@@ -14,7 +14,6 @@ C_k  = IF_k / IF_{k-1}                 conditional success        flatness = M_K
 EB_k = M_k on a clean context - M_k on own outputs, same tasks: the exposure-bias gap
 All arms see the same tasks and noise. Intervals: paired bootstrap over tasks, the seeds of a task stay together.
 """
-import argparse
 import json
 import math
 import os
@@ -22,7 +21,7 @@ import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from tqdm import tqdm
 import data
 import model
 import reward
+from data import option, read_json
 from rollout import Task, rollout
 
 NOTHING = "Change nothing"
@@ -557,55 +557,29 @@ def draw_arms(arms, tasks, path, most=6):
 
 # ------------------------------------------------------------------------------------------------------ command line
 
-def flag(help, default=None, low=None, choices=None):
-    return field(default=default, metadata={"help": help, "low": low, "choices": choices})
-
-
 @dataclass(frozen=True)
 class Settings:
     """What an evaluation is. Flags > config.json of --run > these defaults; None: it depends, see `settle`."""
-    run: str = flag("folder of a training run: its model, data, turns and steps; base against tuned", "")
-    model: str = flag("editor: a folder or hub id; needed without --run")
-    lora: dict = flag("[NAME=]PATH of a LoRA to compare with the base; may be repeated")
-    data: str = flag("'shapes' or a JSONL file (default: the run's, else shapes)", "shapes")
-    split: str = flag("default: test of shapes; val of the file that the run trained on, all of any other",
-                      choices=["train", "val", "test", "all"])
-    judge: str = flag("'exact', a VLM, or 'none' (pictures alone); default: exact for shapes, else the run's", "exact")
-    rubric: str = flag("JSON file of prompts for a VLM (default: the run's)", "")
-    reasoning: str = flag("how a VLM scores (default: the run's)", "logits", choices=["logits", "direct", "think"])
-    votes: int = flag("answers of a VLM averaged for a score (default: the run's)", 1, low=1)
-    tasks: int = flag("number of tasks (default: 500 of shapes, all of a file)", low=1)
-    probes: int = flag("tasks for the exposure-bias gap and the drift; 0 = none (default: 100)", 100, low=0)
-    turns: int = flag("K, edits in a row (default: the run's, else 3)", 3, low=1)
-    denoise: int = flag("T, steps per turn (default: the run's --eval-denoise, else 8 for shapes, 28)", low=1)
-    guidance: float = flag("guidance scale (default: the run's, else the family's)", low=0)
-    resolution: int = flag("pictures of a file have this area, squared (default: the run's, else 512)", 512, low=16)
-    offload: bool = flag("text encoders are on the GPU only while they work", False)
-    seeds: int = flag("noise seeds per task, pooled (default: 1)", 1, low=1)
-    batch: int = flag("dialogues in one forward (default: 100 for shapes, else 4)", low=1)
-    out: str = flag("folder of the evaluation (default: RUN/eval, else out/eval)", "out/eval")
-
-
-def parse(argv=None):
-    """The flags that are given, {name: value}. ValueError for one that is out of its bounds."""
-    parser = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Settings):
-        name, help = f"--{f.name}", f.metadata["help"]
-        if f.type is bool:
-            parser.add_argument(name, action="store_true", default=None, help=help)
-        elif f.type is dict:
-            parser.add_argument(name, action="append", metavar="[NAME=]PATH", help=help)
-        else:
-            choices = f.metadata["choices"]
-            parser.add_argument(name, type=f.type, choices=choices, metavar=None if choices else "", help=help)
-    flags = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-
-    # NaN is at least nothing, and infinity is too much.
-    for f in fields(Settings):
-        low = f.metadata["low"]
-        if low is not None and f.name in flags and not low <= flags[f.name] < math.inf:
-            raise ValueError(f"--{f.name} {flags[f.name]} must be at least {low}")
-    return flags
+    run: str = option("", "folder of a training run: its model, data, turns and steps; base against tuned")
+    model: str = option(None, "editor: a folder or hub id; needed without --run")
+    lora: dict = option(None, "[NAME=]PATH of a LoRA to compare with the base; may be repeated")
+    data: str = option("shapes", "'shapes' or a JSONL file (default: the run's, else shapes)")
+    split: str = option(None, "default: test of shapes; val of the file that the run trained on, all of any other",
+                        choices=["train", "val", "test", "all"])
+    judge: str = option("exact", "'exact', a VLM, 'none' (pictures alone); default: exact for shapes, else the run's")
+    rubric: str = option("", "JSON file of prompts for a VLM (default: the run's)")
+    reasoning: str = option("logits", "how a VLM scores (default: the run's)", choices=["logits", "direct", "think"])
+    votes: int = option(1, "answers of a VLM averaged for a score (default: the run's)", low=1)
+    tasks: int = option(None, "number of tasks (default: 500 of shapes, all of a file)", low=1)
+    probes: int = option(100, "tasks for the exposure-bias gap and the drift; 0 = none (default: 100)", low=0)
+    turns: int = option(3, "K, edits in a row (default: the run's, else 3)", low=1)
+    denoise: int = option(None, "T, steps per turn (default: the run's --eval-denoise, else 8 for shapes, 28)", low=1)
+    guidance: float = option(None, "guidance scale (default: the run's, else the family's)", low=0)
+    resolution: int = option(512, "pictures of a file have this area, squared (default: the run's, else 512)", low=16)
+    offload: bool = option(False, "text encoders are on the GPU only while they work")
+    seeds: int = option(1, "noise seeds per task, pooled (default: 1)", low=1)
+    batch: int = option(None, "dialogues in one forward (default: 100 for shapes, else 4)", low=1)
+    out: str = option("out/eval", "folder of the evaluation (default: RUN/eval, else out/eval)")
 
 
 def read_run(run):
@@ -662,17 +636,6 @@ def name_loras(texts):
     return found
 
 
-def read_json(path):
-    """A JSON object. ValueError if there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(found).__name__}")
-    return found
-
-
 def made_of(settings, tasks):
     """What pictures depend on, by content: {what: its digest or value}. ValueError for weights that are not there."""
     folder = model.find_folder(settings.model)
@@ -723,7 +686,7 @@ def load_arm(settings, arm, sizes, device):
 
 def main(argv=None):
     # Everything that can be refused without an editor and a judge.
-    settings = settle(parse(argv))
+    settings = settle(data.parse_flags(Settings, __doc__, argv))
     out = Path(settings.out)
     place = next(place for place in (out, *out.parents) if place.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):

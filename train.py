@@ -12,7 +12,6 @@ checkpoint/ and pytorch_lora_weights.safetensors into --out, and ends with a tab
 Left out: DDP wrapper (trainable tensors are few: one flat all-reduce a step), learning-rate decay, mixed-precision
 scalers (base in bf16, LoRA in fp32).
 """
-import argparse
 import json
 import math
 import os
@@ -22,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +37,7 @@ import eval as evaluation
 import model
 import reward
 from advantage import AGGREGATE, FUSE, SPREAD, advantages, group_normalize, group_std, turn_scores
+from data import flag, option, read_json
 from grpo import grpo_loss, sde_step
 from nft import nft_loss, noised, old_decay
 from rollout import draw_noise, rollout, select, timed
@@ -51,12 +51,6 @@ RATIO_STOP, RATIO_WARN = .5, .02                  # how far from 1 the first rat
 
 # ------------------------------------------------------------------------------------------------------------ config
 
-def option(default, help, choices=None, low=None, above=None, high=None, group=None):
-    """A flag: its default, what it does, what it may be (at least `low`, greater than `above`, at most `high`)."""
-    bounds = dict(low=low, above=above, high=high)
-    return field(default=default, metadata=dict(help=help, choices=choices, bounds=bounds, group=group))
-
-
 @dataclass
 class Config:
     algo: str = option("grpo", "objective", ["grpo", "nft"], group="the run")
@@ -64,7 +58,7 @@ class Config:
                          ["shapes", "kontext", "klein", "qwen", "kontext-1gpu", "klein-1gpu", "qwen-1gpu"])
     steps: int = option(60, "training steps (rollouts)", low=1)
     out: str = option("", "folder of the run; empty = out/ALGO")
-    resume: bool = option(False, "continue the run in --out")
+    resume: bool = option(False, "continue the run in --out", switch=True)
     save_every: int = option(10, "steps between checkpoints and contact sheets", low=1)
     val_tasks: int = option(300, "validation tasks of the closing table; 0 = no table", low=0)
     seed: int = option(0, "every random number of the run is a function of it")
@@ -538,17 +532,6 @@ def restore(editor, optimizer, out, say):
     raise ValueError(f"--resume: no checkpoint in {out / 'checkpoint'} can be read; nothing was changed")
 
 
-def read_config(out):
-    """config.json of a run. ValueError if it is none."""
-    try:
-        config = json.loads((out / "config.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{out / 'config.json'} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{out / 'config.json'} is no config of a run: it holds a {type(config).__name__}")
-    return config
-
-
 def check_out(cfg):
     """Refuse an --out that cannot be used, before anything is loaded; nothing is written here."""
     out, there = Path(cfg.out), (Path(cfg.out) / "config.json").is_file()
@@ -560,7 +543,7 @@ def check_out(cfg):
     if cfg.resume and not there:
         raise ValueError(f"--resume: {out} holds no run")
     if cfg.resume:
-        same_as_before(read_config(out), asdict(cfg), out)
+        same_as_before(read_json(out / "config.json"), asdict(cfg), out)
         if not list((out / "checkpoint").glob("step_*.pt")):
             raise ValueError(f"--resume: {out / 'checkpoint'} holds no checkpoint; nothing was changed")
 
@@ -587,7 +570,7 @@ def open_run(cfg, judge, editor, optimizer):
     """Make the folder of a new run, or load the checkpoint of a resumed one. Returns the number of steps done."""
     out, contents = Path(cfg.out), fingerprints(cfg, judge)
     if cfg.resume:
-        same_as_before(read_config(out), contents, out)
+        same_as_before(read_json(out / "config.json"), contents, out)
         done = restore(editor, optimizer, out, lambda words: print(words, file=sys.stderr, flush=True))
         keep_lines(out / "metrics.jsonl", done)
         if not (out / model.LORA_FILE).exists():
@@ -828,41 +811,9 @@ EFFECT = {
 }
 
 
-def truth(word):
-    """"true" or "false", from the command line."""
-    if word.lower() not in ("true", "false"):
-        raise ValueError(f"{word!r} is neither true nor false")
-    return word.lower() == "true"
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-def describe(f):
-    """What --help says of a field: its sentence, default and bounds."""
-    words = {"low": "at least", "above": "greater than", "high": "at most"}
-    bounds = [f"{words[name]} {value:g}" for name, value in f.metadata["bounds"].items() if value is not None]
-    return f"{f.metadata['help']} ({', '.join([f'default: {f.default}', *bounds])})"
-
-
 def parse(argv=None):
     """Command line -> Config: flag > preset > default. ValueError for a flag that has no effect on what was chosen."""
-    parser = data.Parser(usage="train.py [--flag value ...]", description=__doc__,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser
-    for f in fields(Config):
-        if f.metadata["group"]:
-            group = parser.add_argument_group(f.metadata["group"])
-        if f.name == "resume":
-            group.add_argument(flag(f.name), action="store_true", default=None, help=f.metadata["help"])
-        elif f.type is bool:
-            group.add_argument(flag(f.name), type=truth, metavar="{true,false}", help=describe(f))
-        else:
-            choices, metavar = f.metadata["choices"], None if f.metadata["choices"] else ""
-            group.add_argument(flag(f.name), type=f.type, choices=choices, metavar=metavar, help=describe(f))
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-
+    given = data.parse_flags(Config, __doc__, argv)
     algo = given.get("algo", Config.algo)
     preset = given.get("preset", Config.preset)
     cfg = Config(**{**PRESETS.get((preset, algo), {}), **given})
@@ -883,18 +834,6 @@ def trained_steps(cfg):
 
 def check(cfg):
     """Refuse impossible or contradictory values, naming both."""
-    for f in fields(Config):
-        value, bounds = getattr(cfg, f.name), f.metadata["bounds"]
-        if f.type is float and not math.isfinite(value):
-            raise ValueError(f"{flag(f.name)} {value} must be a finite number")
-        low, above, high = bounds["low"], bounds["above"], bounds["high"]
-        if low is not None and value < low:
-            raise ValueError(f"{flag(f.name)} {value} must be at least {low:g}")
-        if above is not None and value <= above:
-            raise ValueError(f"{flag(f.name)} {value} must be greater than {above:g}")
-        if high is not None and value > high:
-            raise ValueError(f"{flag(f.name)} {value} must be at most {high:g}")
-
     steps = trained_steps(cfg)
     last = cfg.denoise - 2 if cfg.algo == "grpo" else cfg.denoise - 1
     if not 0 <= steps.start < steps.stop <= last + 1:

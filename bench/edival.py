@@ -400,8 +400,8 @@ def read_results(folder):
     for name in ("image_rate.json", "task_rate.json"):
         if not (folder / name).is_file():
             raise ValueError(f"--verdicts {folder} holds no {name}: it is no result of EdiVal's eval.py")
-    rates = evaluation.read_json(folder / "image_rate.json")
-    by_task = evaluation.read_json(folder / "task_rate.json")
+    rates = data.read_json(folder / "image_rate.json")
+    by_task = data.read_json(folder / "task_rate.json")
     if not rates:
         raise ValueError(f"{folder / 'image_rate.json'} holds no dialogues")
     K = max(map(len, rates.values()))
@@ -412,7 +412,7 @@ def read_results(folder):
             raise ValueError(f"{folder / 'image_rate.json'}: dialogue {index} has {len(s)} of {K} turns")
         # consistency and kinds are in the file of the dialogue, where it was kept
         file = folder / f"{index}_input_raw.json"
-        turns = evaluation.read_json(file) if file.is_file() else {}
+        turns = data.read_json(file) if file.is_file() else {}
         pairs, kinds = [], []
         for k in range(K):
             turn = turns.get(str(k + 1)) or {}
@@ -484,7 +484,7 @@ def read_record(args):
     file = args.out / "edival.json"
     record = {"data": None, "images": None, "turns": 3, "probes": 0, "arms": [], "made_of": {}}
     if file.is_file():
-        record |= evaluation.read_json(file)
+        record |= data.read_json(file)
     for name in ("data", "images"):
         if getattr(args, name):
             record[name] = str(Path(getattr(args, name)).resolve())

@@ -408,7 +408,7 @@ def describe_dialogue(arms, task, row):
 
 def read_evaluation(out):
     """(settings, arms, tasks) of the evaluation that eval.py left in a folder. ValueError if it is not finished."""
-    record = evaluation.read_json(out / "settings.json")
+    record = data.read_json(out / "settings.json")
     if "judge" not in record:
         raise ValueError(f"{out} holds pictures without scores: run eval.py with --judge")
     settings = evaluation.Settings(**record["settings"])

@@ -798,7 +798,7 @@ def run(tmp_path_factory):
 
 
 def settle(*words):
-    return evaluation.settle(evaluation.parse(list(map(str, words))))
+    return evaluation.settle(data.parse_flags(evaluation.Settings, "", list(map(str, words))))
 
 
 def test_settings_come_from_flags_then_the_run_then_defaults(run, tmp_path):
@@ -925,8 +925,8 @@ IMPOSSIBLE = {      # what is typed (RUN and TMP are folders), what the one line
     "no seeds": ("--model EDITOR --seeds 0", "--seeds 0.*at least 1"),
     "no turns": ("--model EDITOR --turns 0", "--turns 0.*at least 1"),
     "negative steps": ("--model EDITOR --denoise -2", "--denoise -2.*at least 1"),
-    "guidance that is no number": ("--model EDITOR --guidance nan", "--guidance nan.*at least 0"),
-    "infinite guidance": ("--model EDITOR --guidance inf", "--guidance inf.*at least 0"),
+    "guidance that is no number": ("--model EDITOR --guidance nan", "--guidance nan.*finite number"),
+    "infinite guidance": ("--model EDITOR --guidance inf", "--guidance inf.*finite number"),
     "unknown split": ("--model EDITOR --split dev", "dev.*train.*val.*test"),
     "a stage": ("generate --model EDITOR", "unrecognized arguments.*generate"),
     "negative probes": ("--model EDITOR --probes -1", "--probes -1.*at least 0"),
@@ -934,7 +934,7 @@ IMPOSSIBLE = {      # what is typed (RUN and TMP are folders), what the one line
     "a lora named base": ("--model EDITOR --lora base=RUN", "two models are named 'base'"),
     "a name that is no file's": ("--model EDITOR --lora a:b=RUN", "'a:b' may hold"),
     "size of the embedded world": ("--model EDITOR --resolution 64", "--resolution does nothing with --data shapes"),
-    "offload on a CPU": ("--model EDITOR --offload", "--offload does nothing without a GPU"),
+    "offload on a CPU": ("--model EDITOR --offload true", "--offload does nothing without a GPU"),
     "a table": ("--model EDITOR --data TMP/none.csv", "TMP/none.csv.*no such file"),
     "empty data": ("--model EDITOR --data EMPTY --judge exact", "tasks.jsonl holds no tasks"),
     "lora of another family": ("--model EDITOR --lora OTHER", "does not fit this editor"),
