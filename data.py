@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+import signal
 import sys
 import warnings
 from contextlib import contextmanager
@@ -286,11 +287,19 @@ def one_line(error):
 
 
 def run_main(main):
-    """Run a script. What its user can cause is one line on stderr and exit code 2, Ctrl-C one line and 130."""
+    """Run a script. What its user can cause is one line on stderr and exit code 2; Ctrl-C 130 and SIGTERM 143."""
+    caught = [signal.SIGINT]
+
+    def interrupt(number, frame):
+        caught.append(number)
+        raise KeyboardInterrupt
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
     except (ValueError, OSError, KeyboardInterrupt) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
-        message = "interrupted" if interrupted else one_line(error)
+        message = f"interrupted by {signal.Signals(caught[-1]).name}" if interrupted else one_line(error)
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-        sys.exit(130 if interrupted else 2)
+        sys.exit(128 + caught[-1] if interrupted else 2)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -263,14 +263,15 @@ def read_scores(folder, fingerprint, plan):
         for i, k in enumerate(d.turns):
             places[d.seed, d.part, d.name, k + 1] = d, i
     for file in sorted(Path(folder).glob("scores*.jsonl")):
-        for text in file.read_text().splitlines():
+        for text in file.read_text(errors="replace").splitlines():
             # half a line is what a process leaves that is killed while it writes
             try:
                 line = json.loads(text)
-            except ValueError:
+                key = line["seed"], line["pass"], line["task"], line["turn"]
+                ours = line["judge"] == fingerprint and key in places
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue
-            key = line["seed"], line["pass"], line["task"], line["turn"]
-            if line["judge"] == fingerprint and key in places:
+            if ours:
                 d, i = places[key]
                 d.lines[i] = d.lines[i] if is_whole(d.lines[i]) else line
 
@@ -696,6 +697,9 @@ def main(argv=None):
         raise ValueError(f"--split {settings.split} of {settings.data} is empty")
     file = out / "settings.json"
     before = read_json(file).get("made_of", {}) if file.is_file() else {}
+    if not before and (out / "arms").exists():
+        raise ValueError(f"{out} holds pictures, and no settings.json that says of what they were made: choose another "
+                         "--out")
     refuse_other(before, made_of(settings, tasks), out)
 
     # Processes of torchrun: a GPU each, and nothing but barriers between them, which wait as long as it takes.

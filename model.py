@@ -528,9 +528,9 @@ def add_lora(editor, rank, alpha=None, targets="all", seed=0):
 
     # every end must be that of some Linear: else a part would be left out in silence
     linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    ends = [""] if targets == "every" else editor.lora_targets.get(targets) or targets.split(",")
+    ends = linears if targets == "every" else editor.lora_targets.get(targets) or targets.split(",")
     for end in ends:
-        names = [name for name in linears if f".{name}".endswith(f".{end}" if end else "")]
+        names = [name for name in linears if f".{name}".endswith(f".{end}")]
         if not names:
             raise ValueError(f"no Linear of {type(transformer).__name__} is named like the LoRA target {end!r}")
         chosen.update(names)

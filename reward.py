@@ -258,7 +258,11 @@ class LocalJudge(VLMJudge):
         self.digits = torch.tensor(ids, device=self.device)
         dtype = "auto" if self.device.type == "cuda" else torch.float32
         dtype = torch.bfloat16 if in_bfloat16("judge", device) else dtype
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device).eval()
+        net, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        # The library only warns of a tensor that is missing, and draws it at random.
+        if info["missing_keys"]:
+            raise ValueError(f"its files lack {min(info['missing_keys'])} ({len(info['missing_keys'])} missing in all)")
+        self.model = net.to(self.device).eval()
         # A folder's json, jinja and safetensors files, or the hub's name for what it gave.
         files = [fingerprint(file) for file in sorted(folder.glob("*.[js]*"))]
         self.model_digest = files or (path, self.model.config._commit_hash)

@@ -155,7 +155,7 @@ def edit(editor, before, cond, x, t, window=range(0), eta=0., kind="cps", step_n
     x = x if window else x[place]
     if not x.isfinite().all():
         raise ValueError("the editor's latents are not finite: look at the weights of --model and --lora, "
-                         "and at --guidance")
+                         "at --guidance, and in training at --lr")
 
     # The picture as a judge sees it and the next turn gets it: clamped and rounded to uint8.
     with timed(seconds, "vae", device):

@@ -61,7 +61,7 @@ class Config:
     resume: bool = option(False, "continue the run in --out", switch=True)
     save_every: int = option(10, "steps between checkpoints and contact sheets", low=1)
     val_tasks: int = option(300, "validation tasks of the closing table; 0 = no table", low=0)
-    seed: int = option(0, "every random number of the run is a function of it")
+    seed: int = option(0, "every random number of the run is a function of it", low=0, high=10 ** 9)
 
     model: str = option("shapes/editor", "a diffusers folder or hub id", group="the editor")
     guidance: float = option(2.5, "guidance scale in rollout, update and evaluation alike", low=0)
@@ -517,24 +517,37 @@ def save(editor, optimizer, step, out):
         old.unlink()
 
 
+def read_checkpoint(file, editor):
+    """What `save` wrote, all of it looked at before anything is changed. ValueError if it does not fit the editor."""
+    state = torch.load(file, map_location=editor.device, weights_only=True)
+    shapes = [p.shape for p in editor.trained.values()]
+    weight_sets = {name: state["sets"][name] for name in editor.sets} | {"policy": state["policy"]}
+    for name, values in weight_sets.items():
+        if [value.shape for value in values] != shapes:
+            raise ValueError(f"its {name} weights do not fit the editor")
+        model.check_finite(dict(zip(editor.trained, values)), f"its {name} set")
+    return state | {"step": int(state["step"])}
+
+
 def restore(editor, optimizer, out, say):
     """Load the newest checkpoint that can be read; returns the number of steps done. ValueError if there is none."""
     for file in sorted((out / "checkpoint").glob("step_*.pt"), reverse=True):
         try:
-            state = torch.load(file, map_location=editor.device, weights_only=True)
-            for p, value in zip(editor.trained.values(), state["policy"], strict=True):
-                p.data.copy_(value)
+            state = read_checkpoint(file, editor)
             optimizer.load_state_dict(state["optimizer"])
-            editor.sets = state["sets"]
-            return state["step"]
         except Exception as error:                           # torch raises many kinds for a file that is no checkpoint
-            say(f"{file} is damaged ({model.first_line(error)}): the one before it is used")
+            say(f"{file} is damaged and left out ({type(error).__name__}: {model.first_line(error)})")
+            continue
+        for p, value in zip(editor.trained.values(), state["policy"]):
+            p.data.copy_(value)
+        editor.sets = state["sets"]
+        return state["step"]
     raise ValueError(f"--resume: no checkpoint in {out / 'checkpoint'} can be read; nothing was changed")
 
 
 def check_out(cfg):
     """Refuse an --out that cannot be used, before anything is loaded; nothing is written here."""
-    out, there = Path(cfg.out), (Path(cfg.out) / "config.json").is_file()
+    out, there = Path(cfg.out), (Path(cfg.out) / "config.json").exists()
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"--out {out} is no folder that can be written: look at {parent}")
@@ -628,7 +641,7 @@ def finish(run, cfg, step, stop):
         dist.destroy_process_group()
     if run.share.rank == 0:
         print(f"stopped by {signal.Signals(stop).name} after step {step}, which is saved: continue with --resume"
-              if stop else f"written: {cfg.out}/ (LoRA, metrics.jsonl, samples/)")
+              if stop else f"written: {cfg.out}/ (weights, metrics.jsonl, samples/)")
     if stop:
         sys.exit(128 + stop)
 
@@ -701,8 +714,11 @@ def load_judges(cfg, device, tasks):
         name = "exact" if cfg.judge != "exact" and all("scenes" in task.meta for task in tasks) else "none"
     if name == "none":
         return judge, None
-    referee = reward.load(name, device) if name == "exact" else reward.load(name, device, **asked)
-    referee.check(tasks)
+    try:
+        referee = reward.load(name, device) if name == "exact" else reward.load(name, device, **asked)
+        referee.check(tasks)
+    except ValueError as error:
+        raise ValueError(f"--referee {name}: {error}") from None
     return judge, referee
 
 
@@ -836,6 +852,8 @@ def check(cfg):
     """Refuse impossible or contradictory values, naming both."""
     steps = trained_steps(cfg)
     last = cfg.denoise - 2 if cfg.algo == "grpo" else cfg.denoise - 1
+    if last < 0:
+        raise ValueError(f"--denoise {cfg.denoise} must be at least 2 for --algo grpo: the last step has no noise")
     if not 0 <= steps.start < steps.stop <= last + 1:
         raise ValueError(f"--train-steps {cfg.train_steps} must lie in order in 0 to {last} for --algo {cfg.algo} with "
                          f"--denoise {cfg.denoise}")

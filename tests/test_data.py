@@ -1,8 +1,10 @@
 """Tasks from files: right pictures, right splits, and one clear sentence for every bad line."""
 import json
 import os
+import signal
 import struct
 import sys
+import time
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -317,7 +319,7 @@ def test_a_task_file_is_known_by_its_bytes_and_its_pictures_sizes(tmp_path, monk
 @pytest.mark.parametrize("raised, code, line", [
     (ValueError("two\nlines"), 2, "a.py: two lines"),
     (OSError(28, "No space left"), 2, "a.py: [Errno 28] No space left"),
-    (ValueError(), 2, "a.py: ValueError"), (KeyboardInterrupt(), 130, "a.py: interrupted")])
+    (ValueError(), 2, "a.py: ValueError"), (KeyboardInterrupt(), 130, "a.py: interrupted by SIGINT")])
 def test_a_script_ends_in_one_line(monkeypatch, capsys, raised, code, line):
     """A traceback where a user's mistake, a full disk or Ctrl-C ends a script; exit code 0 or 1 for it."""
     def main():
@@ -327,6 +329,16 @@ def test_a_script_ends_in_one_line(monkeypatch, capsys, raised, code, line):
     with pytest.raises(SystemExit) as stop:
         data.run_main(main)
     assert (stop.value.code, *capsys.readouterr()) == (code, "", line + "\n")
+
+
+def test_sigterm_ends_a_script_in_one_line_too(monkeypatch, capsys):
+    """Catches: a closing table or an evaluation that a scheduler ends without a word; a handler that stays behind."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/a.py"])
+    with pytest.raises(SystemExit) as stop:
+        data.run_main(lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(9))
+    assert (stop.value.code, *capsys.readouterr()) == (143, "", "a.py: interrupted by SIGTERM\n")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_fault_of_ours_keeps_its_traceback():

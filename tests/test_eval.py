@@ -586,6 +586,28 @@ def test_what_is_finished_is_not_repeated_and_what_was_interrupted_goes_on(fault
     assert sorted(map(key, after)) == sorted(map(key, scores.splitlines()))
 
 
+def test_lines_that_are_no_scores_are_left_out(tmp_path):
+    """Catches: a traceback for a scores.jsonl that was damaged or edited; its turns are judged again."""
+    plan = evaluation.make_plan(make_tasks(1, K=1), 1, folder=tmp_path)
+    good = {"seed": 0, "pass": "own", "task": plan[0].name, "turn": 1, "judge": "j", "following": 1.}
+    lines = ["null", "[1]", "{}", '{"seed": [], "pass": {}, "task": 0, "turn": 1, "judge": "j"}', "[" * 99_999, "\xff"]
+    (tmp_path / "scores.jsonl").write_bytes("\n".join([*lines, json.dumps(good)]).encode("latin1"))
+    evaluation.read_scores(tmp_path, "j", plan)
+    assert plan[0].lines == [good]
+
+
+def test_pictures_of_unknown_origin_are_refused(faulty):
+    """Catches: pictures of another editor scored as this one's, once settings.json is gone or says nothing."""
+    words = "--tasks 2 --probes 0"
+    faulty((.7, .3), None, words)
+    for text in (None, "{}"):
+        file = faulty.out / "settings.json"
+        file.unlink() if text is None else file.write_text(text)
+        with pytest.raises(ValueError, match="holds pictures, and no settings.json"):
+            faulty((.7, .3), None, words)
+        file.write_text("{}")
+
+
 def test_an_evaluation_may_grow(faulty):
     """Catches: more tasks, seeds, turns or probes refused, or at the price of what is there."""
     faulty((.7, .3), None, "--tasks 3 --probes 2 --turns 2")

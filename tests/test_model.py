@@ -230,6 +230,13 @@ def test_attention_targets_are_fewer_than_all_and_those_than_every():
     assert {"ff.net.0.proj", "ff_context.net.2", "attn.add_q_proj", "attn.to_out.0", "proj_mlp"} <= kinds
 
 
+def test_an_empty_target_is_refused():
+    """Catches: a comma too many in --lora-targets, and LoRA on every Linear in silence."""
+    for targets in ("attn.to_q,", ",", ""):
+        with pytest.raises(ValueError, match="no Linear .* named like the LoRA target ''"):
+            model.add_lora(new_editor(), 2, targets=targets)
+
+
 def set_apart(editor):
     """Give policy, ref, old and ema four different values; returns the policy's."""
     for seed, name in enumerate(("ref", "old", "ema")):

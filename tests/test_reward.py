@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import data
 import reward
@@ -492,7 +493,7 @@ def test_ones_own_rubric_is_what_is_asked(llava, tmp_path, monkeypatch):
 def test_what_is_no_judge_is_refused_in_one_line(tmp_path):
     """A traceback of forty lines from a library, or a judge that loads and then fails at the first step."""
     from transformers import AutoProcessor
-    names = ("empty", "config only", "broken config", "broken weights", "no digits", "no template")
+    names = ("empty", "config only", "broken config", "broken weights", "a tensor is missing", "no digits", "no template")
     folders = {name: tmp_path / name for name in names}
     for name, folder in folders.items():
         if name in ("empty", "config only"):
@@ -502,6 +503,11 @@ def test_what_is_no_judge_is_refused_in_one_line(tmp_path):
     (folders["config only"] / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     (folders["broken config"] / "config.json").write_text("{")
     (folders["broken weights"] / "model.safetensors").write_bytes(b"no weights")
+    # the library would draw it at random, and only warn
+    file = folders["a tensor is missing"] / "model.safetensors"
+    state = load_file(file)
+    del state[min(name for name in state if "mlp" in name)]
+    save_file(state, file, {"format": "pt"})
     for file in ("chat_template.jinja", "chat_template.json"):
         (folders["no template"] / file).unlink(missing_ok=True)
     assert AutoProcessor.from_pretrained(folders["no template"]).chat_template is None

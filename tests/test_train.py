@@ -757,6 +757,24 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path, judge
     assert digest(tmp_path) == before and metrics(tmp_path / "b") == rows
 
 
+@pytest.mark.parametrize("damage", ["a set is gone", "a set is short", "another shape", "NaN", "no step", "no policy"])
+def test_a_checkpoint_that_does_not_fit_is_left_out(damage, tmp_path, judge, capsys):
+    """Catches: half a checkpoint loaded before it is found out, or one with NaN that training goes on from."""
+    train.main(config(tmp_path / "b", steps=3, save_every=1))
+    newest = tmp_path / "b" / "checkpoint" / "step_000003.pt"
+    spoilt = torch.load(newest)
+    tensors = spoilt["sets"]["old"]
+    {"a set is gone": lambda: spoilt["sets"].pop("ema"), "a set is short": tensors.pop,
+     "another shape": lambda: tensors.append(tensors.pop()[:1]), "NaN": lambda: tensors[0].fill_(math.nan),
+     "no step": lambda: spoilt.update(step="x"), "no policy": lambda: spoilt.pop("policy")}[damage]()
+    torch.save(spoilt, newest)
+    train.main(config(tmp_path / "b", steps=4, save_every=1, resume=True))
+    assert re.search("step_000003.pt is damaged and left out", capsys.readouterr().err)
+    rows, checkpoint = metrics(tmp_path / "b"), state(tmp_path / "b")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and checkpoint["step"] == 4
+    assert all(value.isfinite().all() for value in checkpoint["sets"]["old"])
+
+
 def test_a_lora_that_is_gone_is_written_again(tmp_path, judge):
     """Catches: a finished run that says "written" of a file that is not there."""
     train.main(config(tmp_path, steps=1))
@@ -866,6 +884,9 @@ IMPOSSIBLE = {      # what is typed, what the one line must say
     "weights of wrong count": (dict(reward_weights="1,2"), "--reward-weights '1,2' .* 3 .*numbers.*following, consistency, success"),
     "weights all zero": (dict(reward_weights="0,0,0"), "--reward-weights '0,0,0' .*not all 0"),
     "weights no numbers": (dict(reward_weights="a,b,c"), "--reward-weights 'a,b,c' .*numbers"),
+    "seed": (dict(seed=10 ** 30), "--seed .*at most"),
+    "too few steps for any noise": (dict(denoise=1, train_steps="0-0"), "--denoise 1 .*at least 2.*grpo"),
+    "no referee": (dict(referee="/nowhere"), "--referee /nowhere: .*neither"),
     "no judge": (dict(judge="/nowhere"), "--judge /nowhere is neither"),
     "no server": (dict(judge="http://localhost:9/v1#m"), "localhost:9.*Connection refused"),
     "an exact judge that thinks": (dict(reasoning="think"), "--reasoning think .*vision-language model as --judge"),
