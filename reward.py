@@ -54,6 +54,7 @@ TOKENS = {"logits": 1, "direct": 16, "think": 2048}          # an answer's lengt
 TIMEOUT = {"logits": 120., "direct": 120., "think": 600.}    # seconds that a server may be silent
 TRIES, PAUSE = 3, 1.    # calls for an answer at most; seconds before the second, then doubled
 VOTE_TEMPERATURE = .7
+REMEMBERED = 800        # pictures that a model on a CPU need not look at again
 # Asked when a judge is loaded: what does not work is said at once, and not an hour into the run.
 TRIAL = "following", torch.full((3, 3, 64, 64), 128, dtype=torch.uint8), ["Nothing"]
 
@@ -235,6 +236,16 @@ def expect(p, said):
     return mean / 9, f"{spread} ({mass:.1%} of all)"
 
 
+def once(keys, items, memory, work):
+    """work([item, ...]) -> [result, ...], but for items whose key is in `memory`, which is emptied when it is large."""
+    if len(memory) > REMEMBERED:
+        memory.clear()
+    new = {key: item for key, item in zip(keys, items) if key not in memory}
+    if new:
+        memory |= zip(new, work(list(new.values())))
+    return [memory[key] for key in keys]
+
+
 class LocalJudge(VLMJudge):
     """A vision-language model in process, by transformers."""
 
@@ -268,7 +279,33 @@ class LocalJudge(VLMJudge):
         self.model_digest = files or (path, self.model.config._commit_hash)
         # On a CPU it works in the caller's thread: a second set of OpenMP threads would slow both down.
         self.thread = None if self.device.type == "cpu" else ThreadPoolExecutor(1)
-        self.prepare([self.prompt(*TRIAL)])
+        trial = self.prompt(*TRIAL)
+        inputs = self.prepare([trial])
+        # LLaVA's form: a row of pixels for a picture, and nothing else. On a GPU there may be no memory to spare.
+        llava = set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
+        if self.device.type == "cpu" and llava and len(inputs["pixel_values"]) == len(trial[0]):
+            self.share_pictures()
+
+    def share_pictures(self):
+        """Process a picture, and let the vision tower see it, once for all questions that show it."""
+        from transformers import BatchFeature
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+        processor, network = self.processor.image_processor, self.model.model
+        process, look = processor.preprocess, network.get_image_features
+        pixels_of, features_of = {}, {}
+
+        def process_once(images, **options):
+            pictures = [picture for row in images for picture in row]
+            keys = [(picture.size, picture.tobytes()) for picture in pictures]
+            work = lambda new: process(new, **options)["pixel_values"]
+            return BatchFeature({"pixel_values": torch.stack(once(keys, pictures, pixels_of, work))})
+
+        def look_once(pixel_values, **options):
+            keys = [row.view(torch.uint8).numpy().tobytes() for row in pixel_values]
+            work = lambda new: look(torch.stack(new), **options).pooler_output
+            return BaseModelOutputWithPooling(pooler_output=once(keys, pixel_values, features_of, work))
+
+        processor.preprocess, network.get_image_features = process_once, look_once
 
     def check(self, tasks):
         """ValueError if its tokenizer has no words for an instruction: the tiny judge's knows the embedded world's."""

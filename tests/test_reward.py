@@ -217,6 +217,22 @@ def test_a_batch_gives_each_row_the_score_it_gets_alone(judge):
         assert torch.allclose(scores(judge), alone, atol=1e-5)
 
 
+def test_a_picture_is_looked_at_once_for_all_questions_that_show_it(llava, monkeypatch):
+    """Catches: features of another picture, or of an old one; a memory that grows without end, or is not used."""
+    plain = reward.load(llava)
+    del plain.processor.image_processor.preprocess, plain.model.model.get_image_features      # as the library has them
+    judge, looks = reward.load(llava, workers=5), []
+    judge.model.model.vision_tower.register_forward_pre_hook(lambda tower, given: looks.append(len(given[0])))
+    monkeypatch.setattr(reward, "REMEMBERED", 15)
+    # ten pictures, each in several questions, at both places
+    prompts = PROMPTS + [(pair.flip(0), text) for pair, text in PROMPTS] + PROMPTS[::-1]
+    expected = scores(plain, prompts)
+    assert torch.allclose(scores(judge, prompts), expected, atol=1e-6) and sum(looks) == 10
+    others = [(255 - pair, text) for pair, text in PROMPTS]
+    assert torch.allclose(scores(judge, others), scores(plain, others), atol=1e-6) and sum(looks) == 20
+    assert torch.allclose(scores(judge, prompts), expected, atol=1e-6) and sum(looks) == 30   # forgotten
+
+
 def test_a_score_depends_on_both_pictures_and_on_their_order(judge):
     """A judge that sees the picture after the edit only cannot say what was kept."""
     score = scores(judge, PROMPTS[:1])
