@@ -697,7 +697,7 @@ def main(argv=None):
         raise ValueError(f"--split {settings.split} of {settings.data} is empty")
     file = out / "settings.json"
     before = read_json(file).get("made_of", {}) if file.is_file() else {}
-    if not before and (out / "arms").exists():
+    if not before and any(out.glob("arms/*/*/*.png")):
         raise ValueError(f"{out} holds pictures, and no settings.json that says of what they were made: choose another "
                          "--out")
     refuse_other(before, made_of(settings, tasks), out)

@@ -329,6 +329,11 @@ def main():
     parser.add_argument("--vae-steps", type=int, default=5000, help="steps of the VAE, 16 pictures each")
     parser.add_argument("--flow-steps", type=int, default=660, help="steps of 128 edits; more make a better base")
     args = parser.parse_args()
+    # said now, and not after a quarter of an hour
+    if min(args.vae_steps, args.flow_steps) < 1:
+        raise ValueError(f"--vae-steps {args.vae_steps} and --flow-steps {args.flow_steps} must be at least 1")
+    if args.out.is_file():
+        raise ValueError(f"--out {args.out} is a file, expected a folder")
     start = time.perf_counter()
     vae = train_vae(args.work, args.vae_steps)
     print("VAE: scenes read back %.3f, cells %.4f, distance %.6f" % read_back(vae))

@@ -633,6 +633,11 @@ def main():
     parser.add_argument("--steps", type=int, default=2000, help="steps of 128 questions")
     parser.add_argument("--report-only", action="store_true", help="train nothing, compare --out with the exact judge")
     args = parser.parse_args()
+    # said now, and not after most of an hour
+    if args.steps < 1:
+        raise ValueError(f"--steps {args.steps} must be at least 1")
+    if args.out.is_file():
+        raise ValueError(f"--out {args.out} is a file, expected a folder")
     if not args.report_only:
         start = time.perf_counter()
         judge, processor = train_judge(args.work, args.steps)

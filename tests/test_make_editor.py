@@ -1,6 +1,8 @@
 """How the embedded editor is made: reproducible, resumable, and of parts that fit the world."""
 import hashlib
 import random
+import re
+import runpy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -124,3 +126,19 @@ def test_the_vaes_scenes_hold_every_content_on_every_background():
     assert {scene.background for scene in scenes} == set(world.BACKGROUNDS)
     x = make_editor.pixels(scenes[:3])
     assert x.shape == (3, 3, world.SIZE, world.SIZE) and x.min() >= -1 and x.max() <= 1 and x.std() > .3
+
+
+@pytest.mark.parametrize("name, words, said", [
+    ("editor", ["--vae-steps", "0"], "--vae-steps 0 .*at least 1"), ("editor", ["--out", "FILE"], "--out .*is a file"),
+    ("judge", ["--steps", "-1"], "--steps -1 must be at least 1"), ("judge", ["--out", "FILE"], "--out .*is a file")])
+def test_what_cannot_be_made_is_refused_before_anything_is_trained(name, words, said, tmp_path, monkeypatch, capsys):
+    """Catches: a division by zero, a model without training, a quarter of an hour before --out is looked at."""
+    file = tmp_path / "file"
+    file.write_text("mine")
+    words = [str(file) if word == "FILE" else word for word in words]
+    monkeypatch.setattr(sys, "argv", ["make", "--work", str(tmp_path / "work"), *words])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(f"shapes.make_{name}", run_name="__main__")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and re.fullmatch(f"make: {said}.*\n", err), err
+    assert file.read_text() == "mine" and not (tmp_path / "work").exists()
