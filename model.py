@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -594,7 +594,11 @@ def write_whole(file, writer):
             os.fsync(written.fileno())
         os.replace(temporary, file)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise OSError(f"cannot write {file}: {first_line(error)}") from None
+        with suppress(OSError):
+            temporary.unlink()                                   # half a file, which may be what fills the disk
+        # torch says nothing of the disk, only that its position in the file is not the expected one
+        hint = " (is the disk full?)" if isinstance(error, RuntimeError) else ""
+        raise OSError(f"cannot write {file}{hint}: {first_line(error)}") from None
 
 
 def find_weights(path):

@@ -237,6 +237,18 @@ def test_an_empty_target_is_refused():
             model.add_lora(new_editor(), 2, targets=targets)
 
 
+def test_a_file_that_cannot_be_finished_leaves_nothing_behind(tmp_path):
+    """Catches: half a checkpoint that goes on filling a full disk; torch's words for it, which no user understands."""
+    def full(path):
+        path.write_text("half")
+        raise RuntimeError("unexpected pos 1337856 vs 1337744")
+
+    (tmp_path / "a.pt").write_text("before")
+    with pytest.raises(OSError, match="cannot write .*a.pt .is the disk full.*unexpected pos"):
+        model.write_whole(tmp_path / "a.pt", full)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"] and (tmp_path / "a.pt").read_text() == "before"
+
+
 def set_apart(editor):
     """Give policy, ref, old and ema four different values; returns the policy's."""
     for seed, name in enumerate(("ref", "old", "ema")):
