@@ -208,29 +208,41 @@ class Editor:
         """Run with another weight set: policy (being trained), old (sampled), ref (before training), ema (averaged)."""
         before = [p.data for p in self.trained.values()]
         values = before if name == "policy" else self.sets[name]
+        merged = {layer: layer.merged for layer in self.lora_layers()}       # of the set that was in use
         try:
             for p, value in zip(self.trained.values(), values):
                 p.data = value
+            for layer in merged:
+                layer.merged = None
             yield self
         finally:
             for p, value in zip(self.trained.values(), before):
                 p.data = value
+            for layer, weight in merged.items():
+                layer.merged = weight
 
     @contextmanager
     def merged(self):
-        """Make W + s B A once for all forwards without gradient in here; the weight set must stay the same meanwhile.
+        """Make W + s B A once for all forwards of this weight set in here, whose gradients reach A and B at the end.
 
         In float32 only: in bfloat16 the sum would round B A away. Nothing is changed that would have to be undone.
         """
-        layers = [module for module in self.transformer.modules() if isinstance(module, LoRALinear)]
+        layers, learning = self.lora_layers(), torch.is_grad_enabled()
         try:
-            with torch.no_grad():
-                for layer in layers:
-                    layer.merged = layer.weight() if layer.base.weight.dtype == torch.float32 else None
+            for layer in layers:
+                layer.merged = layer.weight().detach().requires_grad_(learning)
             yield self
+            seen = [layer for layer in layers if layer.merged.grad is not None]
+            if seen:
+                torch.autograd.backward([layer.weight() for layer in seen], [layer.merged.grad for layer in seen])
         finally:
             for layer in layers:
                 layer.merged = None
+
+    def lora_layers(self):
+        """Its Linears with LoRA whose weight is float32."""
+        layers = [module for module in self.transformer.modules() if isinstance(module, LoRALinear)]
+        return [layer for layer in layers if layer.base.weight.dtype == torch.float32]
 
     def copy_weights(self, *names):
         """Make or renew weight sets as copies of the policy."""
@@ -507,8 +519,8 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         if self.base.weight.dtype == torch.float32:
             # one product of x, not three; in bfloat16 W + B A would round B A away
-            kept = None if torch.is_grad_enabled() else self.merged
-            return F.linear(x, self.weight() if kept is None else kept, self.base.bias)
+            useless = self.merged is None or (torch.is_grad_enabled() and not self.merged.requires_grad)
+            return F.linear(x, self.weight() if useless else self.merged, self.base.bias)
         return self.base(x) + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
 
 

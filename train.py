@@ -351,14 +351,15 @@ def update(editor, trajectory, A, used, optimizer, cfg, step, share):
         optimizer.zero_grad()
         sums = {name: torch.zeros((), device=device) for name in names}
         largest = torch.zeros((), device=device)
-        for rows, k in micro_batches(part, used, cfg.turns, share.micro, whole):
-            keys = [(cfg.seed, step, share.tasks[s // cfg.group], s % cfg.group) for s in rows.tolist()]
-            counts = used[rows, k].float().to(device)
-            for loss, info in TERMS[cfg.algo](editor, trajectory, rows, k, A[rows, k].to(device), keys, cfg):
-                ((loss * counts).sum() / (n * cfg.window)).backward()
-                largest = torch.maximum(largest, info.pop("ratio_deviation", largest).max())
-                for name, value in (info | {"loss": loss.detach()}).items():
-                    sums[name] += (value * counts).sum()
+        with editor.merged():
+            for rows, k in micro_batches(part, used, cfg.turns, share.micro, whole):
+                keys = [(cfg.seed, step, share.tasks[s // cfg.group], s % cfg.group) for s in rows.tolist()]
+                counts = used[rows, k].float().to(device)
+                for loss, info in TERMS[cfg.algo](editor, trajectory, rows, k, A[rows, k].to(device), keys, cfg):
+                    ((loss * counts).sum() / (n * cfg.window)).backward()
+                    largest = torch.maximum(largest, info.pop("ratio_deviation", largest).max())
+                    for name, value in (info | {"loss": loss.detach()}).items():
+                        sums[name] += (value * counts).sum()
         if has_ratio:
             deviations[f"ratio_deviation_{u + 1}"] = check_ratio(largest, not norms, cfg, share)
 
