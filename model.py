@@ -197,11 +197,8 @@ class Editor:
 
     @property
     def exact(self):
-        """Are a row's numbers the same in any batch? In float32; in bfloat16 other batches sum in another order.
-
-        By autocast on a CPU they are the same, too: it was tried on Zen 5, and where it is not so the ratio will tell.
-        """
-        return self.transformer.dtype == torch.float32
+        """Are a row's numbers the same in any batch? In float32; in bfloat16 other batches sum in another order."""
+        return self.transformer.dtype == torch.float32 and not self.autocast
 
     @contextmanager
     def using(self, name):
