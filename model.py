@@ -32,17 +32,6 @@ ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
 CHUNK = 16 * 48 * 48     # pixels that a CPU puts through a VAE at a time
 
 
-def in_bfloat16(part, device):
-    """FOR A STUDY, off by default: does MTEF_BF16, a list such as "judge,vae,transformer", name this part?
-
-    Only on CPUs that multiply in bfloat16: elsewhere it is slower than float32.
-    """
-    if part not in os.environ.get("MTEF_BF16", "").split(",") or torch.device(device).type != "cpu":
-        return False
-    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return any(check() for check in checks if check)
-
-
 # ------------------------------------------------------------------------------------------------------------ editors
 
 class Editor:
@@ -65,14 +54,11 @@ class Editor:
         distilled = getattr(pipe.config, "is_distilled", False)
         self.guided = self.negative is not None and self.guidance > 1 and not distilled
         self.trained, self.sets = {}, {}                         # name -> nn.Parameter; set name -> list of tensors
-        self.autocast = in_bfloat16("transformer", self.device)
 
         for part in (self.transformer, self.vae, *self.encoders):
             part.requires_grad_(False)
             part.to("cpu" if offload and part in self.encoders else self.device)
         self.vae.to(memory_format=self.memory_format)
-        if in_bfloat16("vae", self.device):
-            self.vae.to(torch.bfloat16)
         if self.device.type == "cuda":
             self.transformer.enable_gradient_checkpointing()
         self.mean, self.std = self.statistics()                  # of the packed latents' channels
@@ -186,19 +172,13 @@ class Editor:
         dtype = self.transformer.dtype
         both = torch.cat([x, context], 1).to(dtype)
         t = (t * 1000).to(dtype) / 1000                          # rounded where the pipeline rounds
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            v = self.transformer(hidden_states=both, timestep=t, return_dict=False, **inputs)[0]
+        v = self.transformer(hidden_states=both, timestep=t, return_dict=False, **inputs)[0]
         return v[:, :x.shape[1]].float()
 
     def positions(self, size, *layers):
         """Position ids (len(layers) h w, 3) of the tokens of pictures of one size: their layer, row, column."""
         h, w = size[0] // self.multiple, size[1] // self.multiple
         return torch.cartesian_prod(torch.tensor(layers), torch.arange(h), torch.arange(w)).to(self.device)
-
-    @property
-    def exact(self):
-        """Are a row's numbers the same in any batch? In float32; in bfloat16 other batches sum in another order."""
-        return self.transformer.dtype == torch.float32 and not self.autocast
 
     @contextmanager
     def using(self, name):
@@ -510,8 +490,7 @@ class LoRALinear(nn.Module):
         self.A, self.B = nn.Parameter(A.to(base.weight.device)), nn.Parameter(B.to(base.weight.device))
 
     def weight(self):
-        with torch.autocast(self.A.device.type, enabled=False):
-            return self.base.weight + self.scale * (self.B @ self.A)
+        return self.base.weight + self.scale * (self.B @ self.A)
 
     def forward(self, x):
         if self.base.weight.dtype == torch.float32:

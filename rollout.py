@@ -99,17 +99,12 @@ def timed(seconds, name, device):
     seconds[name] = seconds.get(name, 0.) + time.perf_counter() - start
 
 
-def alike(*tensors):
-    """Neighbouring rows that are equal in all tensors (n, ...), such as a group's in turn 1.
-
-    Returns which rows are the first of their kind, (n,) bool, and the place (n,) of each row's own among them.
-    """
-    differs = torch.zeros(len(tensors[0]) - 1, dtype=torch.bool)
-    for x in tensors:
-        x = x.reshape(len(x), -1)
-        differs |= (x[1:] != x[:-1]).any(1).cpu()
-    first = torch.cat([torch.ones(1, dtype=torch.bool), differs])
-    return first, first.cumsum(0) - 1
+def encode_once(editor, pictures):
+    """editor.encode() of pictures (n, 3, H, W) -> (n, N, C); equal neighbours (a group's source) are encoded once."""
+    differs = (pictures[1:] != pictures[:-1]).flatten(1).any(1)
+    place = torch.cat([torch.zeros(1, dtype=torch.long), differs.cumsum(0)])      # which distinct picture a row shows
+    first = torch.cat([torch.ones(1, dtype=torch.bool), differs])                 # is a row the first one to show it
+    return editor.encode(pictures[first])[place]
 
 
 @torch.no_grad()
@@ -126,23 +121,13 @@ def edit(editor, before, cond, x, t, window=range(0), eta=0., kind="cps", step_n
 
     # What is edited: the latents of the picture before, fixed over the whole turn.
     with timed(seconds, "vae", device):
-        first, place = alike(before)
-        context = editor.encode(before[first])[place]
-
-    # Rows that start alike are computed once until noise makes them differ: in float32, and if enough are left, since
-    # up to 3 rows take another kernel, with other rounding.
-    first, place = alike(before, x, *cond.values())
-    if not editor.exact or first.sum() < 4:
-        first, place = slice(None), slice(None)
-    x, t, kept, logps = x[first].to(device), t.to(device), [], []
-    given = {name: value[first] for name, value in cond.items()}, context[first]
+        context = encode_once(editor, before)
 
     # From noise to image. The latents around the stochastic steps are kept: the update replays those steps.
+    x, t, kept, logps = x.to(device), t.to(device), [], []
     with editor.merged(), timed(seconds, "velocity", device):
         for i in range(len(times) - 1):
-            v = editor.velocity(x, t[i].expand(len(x)), *given, size)
-            if window and i == window.start:
-                x, v, given = x[place], v[place], (cond, context)
+            v = editor.velocity(x, t[i].expand(len(x)), cond, context, size)
             if i in window:
                 kept.append(x)
                 noise = step_noise(i).to(device)
@@ -152,7 +137,6 @@ def edit(editor, before, cond, x, t, window=range(0), eta=0., kind="cps", step_n
                 if i == window.stop and window:
                     kept.append(x)
                 x = x + (t[i + 1] - t[i]) * v                                     # Euler
-    x = x if window else x[place]
     if not x.isfinite().all():
         raise ValueError("the editor's latents are not finite: look at the weights of --model and --lora, "
                          "at --guidance, and in training at --lr")

@@ -244,27 +244,6 @@ def test_a_groups_source_is_encoded_once():
     assert (a.context[0, 0] - a.context[G, 0]).abs().max() > .1
 
 
-@pytest.mark.parametrize("start", [None, 0, 1])
-def test_rows_that_are_alike_are_computed_once_until_noise_enters(start, monkeypatch):
-    """Catches: sharing that changes a bit, goes on after noise has entered, takes a neighbour of another task, or is
-    kept up where a row's numbers depend on its batch."""
-    options = {} if start is None else dict(eta=.7, window=range(start, start + 2))
-    editor, tasks, sizes = new_editor(), make_tasks(4), []
-    tasks[1].image = tasks[0].image                                  # the two differ in their instructions only
-    velocity = editor.velocity
-    editor.velocity = lambda x, *rest: sizes.append(len(x)) or velocity(x, *rest)
-    a = roll(editor, tasks, shared_noise=True, **options)
-    S = 4 * G
-    together = T if start is None else start + 1                     # steps of turn 1; later contexts differ with noise
-    later = [4] * T if start is None else [S] * T
-    assert sizes == [4] * together + [S] * (T - together) + later
-    monkeypatch.setattr(model.Editor, "exact", False)
-    b = roll(editor, tasks, shared_noise=True, **options)
-    assert sizes[K * T:] == [S] * (K * T)
-    assert torch.equal(a.images, b.images) and torch.equal(a.x, b.x)
-    assert start is None or torch.equal(a.logp, b.logp)
-
-
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 def test_latents_that_are_not_finite_are_refused():
