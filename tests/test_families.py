@@ -10,7 +10,6 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import gpu_check
 import model
 import train
 from fixtures import PIPES, Judge, move, tiny_editor
@@ -441,14 +440,3 @@ def test_a_run_of_another_family(family, tmp_path, monkeypatch, capsys):
     assert row["update/ratio_deviation_1"] == 0 and row["update/grad_norm"] > 0
     pipe = PIPES[family]()
     pipe.load_lora_weights(str(tmp_path / "run"))
-
-
-def test_what_a_real_editor_costs_can_be_measured(capsys):
-    """Catches: a script for machines with a GPU that does not run there, because it never ran anywhere."""
-    gpu_check.main(["--tiny", "--resolution", "64", "--turns", "1", "--tasks", "2", "--group", "2", "--micro", "2"])
-    rows = [line for line in capsys.readouterr().out.splitlines() if " B, " in line]
-    assert len(rows) == 6 and all(row.count("|") == 10 for row in rows)
-    assert all(row.split("|")[-2].strip() == ("-" if ", nft" in row else "0.0e+00") for row in rows)
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit, match="no CUDA GPU"):
-            gpu_check.main([])
