@@ -307,7 +307,7 @@ class CopyEditor:
     device, multiple, negative, guidance, max_text = torch.device("cpu"), 16, None, 1., 77
     pipe, transformer = type("FluxKontextPipeline", (), {})(), SimpleNamespace(dtype=torch.float32)
     loaded = []
-    merged, exact = nullcontext, True
+    merged = nullcontext
 
     def latent_shape(self, size):
         return size[0] * size[1] // 256, 768

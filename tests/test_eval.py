@@ -300,7 +300,7 @@ def test_a_third_partys_counts_give_its_published_rates():
 class CopyEditor:
     """Returns every picture as it was: its velocity points from anything to the context, v = (x - context) / t."""
     device = torch.device("cpu")
-    merged, exact = nullcontext, True
+    merged = nullcontext
 
     def latent_shape(self, size):
         return 3, size[0] * size[1]
