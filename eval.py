@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # before torch: threads that spin while they wait starve others
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # before torch: a thread that waits sleeps soon, as others may work
 
 import numpy as np
 import torch

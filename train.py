@@ -26,7 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # before torch: threads that spin while they wait starve others
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # before torch: a thread that waits sleeps soon, as others may work
 
 import torch
 import torch.distributed as dist
