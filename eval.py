@@ -25,8 +25,6 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # before torch: a thread that waits sleeps soon, as others may work
-
 import numpy as np
 import torch
 import torch.distributed as dist

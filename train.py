@@ -26,8 +26,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # before torch: a thread that waits sleeps soon, as others may work
-
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
