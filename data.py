@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -269,6 +270,13 @@ def check_bounds(name, value, bounds):
     for words, bound in bounds.items():
         if not holds[words](float(value), float(bound)):
             raise ValueError(f"{name} {value} must be {words} {bound:g}")
+
+
+def check_folder(out):
+    """ValueError if a folder cannot be made or written at a path; nothing is written here."""
+    place = next(place for place in (Path(out), *Path(out).absolute().parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"--out {out}: {place} is no folder that can be written to")
 
 
 def read_json(path):

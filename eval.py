@@ -635,8 +635,8 @@ def name_loras(texts):
     return found
 
 
-def made_of(settings, tasks):
-    """What pictures depend on, by content: {what: its digest or value}. ValueError for weights that are not there."""
+def made_of(settings):
+    """What pictures depend on besides the tasks, by content: {what: digest or value}. ValueError if it is not there."""
     folder = model.find_folder(settings.model)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ValueError(f"--model {settings.model} is no editor: it has no model_index.json")
@@ -644,7 +644,7 @@ def made_of(settings, tasks):
     found["weights of base"] = model.fingerprint(settings.model)
     for arm, path in settings.lora.items():
         found[f"weights of {arm}"] = model.fingerprint(model.find_weights(path))
-    return found | made_of_tasks(tasks, settings.turns)
+    return found
 
 
 def made_of_tasks(tasks, K):
@@ -672,6 +672,20 @@ def conclude(settings, arms, tasks):
     return asdict(settings) | {"n": len(tasks), "profile": profile} | summarise(arms, tasks)
 
 
+def start_processes(collectives):
+    """(rank, number of processes, device) of this process of torchrun: a GPU each, `collectives` nccl or gloo."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)                        # before anything collective
+    if world > 1:
+        # As long as it takes: rank 0 may judge, or make a table, for longer than the ten minutes of NCCL's default.
+        dist.init_process_group(collectives, timeout=timedelta(days=7),
+                                device_id=device if collectives == "nccl" else None)
+    return rank, world, device
+
+
 def load_arm(settings, arm, sizes, device):
     """The editor with the weights of an arm. ValueError if they do not fit, or the editor cannot edit such pictures."""
     offload = settings.offload and device.type == "cuda"
@@ -687,9 +701,7 @@ def main(argv=None):
     # Everything that can be refused without an editor and a judge.
     settings = settle(data.parse_flags(Settings, __doc__, argv))
     out = Path(settings.out)
-    place = next(place for place in (out, *out.parents) if place.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ValueError(f"--out {out}: {place} is no folder that can be written to")
+    data.check_folder(out)
     tasks = data.load(settings.data, settings.split, settings.turns, settings.resolution, settings.tasks)
     if not tasks:
         raise ValueError(f"--split {settings.split} of {settings.data} is empty")
@@ -698,15 +710,10 @@ def main(argv=None):
     if not before and any(out.glob("arms/*/*/*.png")):
         raise ValueError(f"{out} holds pictures, and no settings.json that says of what they were made: choose another "
                          "--out")
-    refuse_other(before, made_of(settings, tasks), out)
+    of_tasks = made_of_tasks(tasks, settings.turns)
+    refuse_other(before, made_of(settings) | of_tasks, out)
 
-    # Processes of torchrun: a GPU each, and nothing but barriers between them, which wait as long as it takes.
-    rank, local, world = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    rank, world, device = start_processes("gloo")            # nothing but barriers between them
     judge = None
     if settings.judge != "none":
         judge = reward.load(settings.judge, device, rubric=settings.rubric, reasoning=settings.reasoning,
@@ -722,7 +729,7 @@ def main(argv=None):
             editor = load_arm(settings, arm, {task.size for task in tasks}, device)
         if rank == 0 and not any(arms.values()):
             # once more, since a hub id is known by its content only now that it is here
-            record = {"settings": asdict(settings), "made_of": before | made_of(settings, tasks)}
+            record = {"settings": asdict(settings), "made_of": before | of_tasks | made_of(settings)}
             if judge:
                 record["judge"] = {"fingerprint": judge.fingerprint, "names": judge.names}
             model.write_whole(file, lambda path: path.write_text(json.dumps(record, indent=1)))

@@ -99,9 +99,11 @@ class Editor:
         Returns {name: tensor (n, ...)} and for each of the S rows its place in them (S,). With true CFG also those of
         the negative prompt, as negative_NAME. With `offload` the encoders visit the device.
         """
-        keys = self.text_keys(instructions, pictures)
-        distinct = list(dict.fromkeys(keys))
-        rows = [keys.index(key) for key in distinct]             # the first of each
+        keys, rows, place = self.text_keys(instructions, pictures), [], {}
+        for s, key in enumerate(keys):
+            if key not in place:
+                place[key] = len(rows)
+                rows.append(s)                                   # the first row of each
         instructions = [instructions[s] for s in rows]
         pictures = None if pictures is None else pictures[rows]
 
@@ -113,7 +115,7 @@ class Editor:
             cond |= {f"negative_{name}": value for name, value in negative.items()}
         for part in self.encoders if self.offload else []:
             part.to("cpu")
-        index = torch.tensor([distinct.index(key) for key in keys])
+        index = torch.tensor([place[key] for key in keys])
         return {name: value.cpu() for name, value in cond.items()}, index
 
     def in_chunks(self, work, x, pixels):

@@ -22,7 +22,6 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -454,7 +453,8 @@ def log(metrics, out, progress):
     with open(out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(metrics) + "\n")
     rewards = {name.removeprefix("reward/"): value for name, value in metrics.items() if name.startswith("reward/")}
-    progress.set_postfix({name: f"{value:.3f}" for name, value in rewards.items() if value and "_turn" not in name})
+    known = {name: value for name, value in rewards.items() if value is not None and "_turn" not in name}
+    progress.set_postfix({name: f"{value:.3f}" for name, value in known.items()})
 
 
 def draw_samples(tasks, images, r, A, names, path, n=4):
@@ -547,9 +547,7 @@ def restore(editor, optimizer, out, say):
 def check_out(cfg):
     """Refuse an --out that cannot be used, before anything is loaded; nothing is written here."""
     out, there = Path(cfg.out), (Path(cfg.out) / "config.json").exists()
-    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--out {out} is no folder that can be written: look at {parent}")
+    data.check_folder(out)
     if there and not cfg.resume:
         raise ValueError(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
     if cfg.resume and not there:
@@ -673,20 +671,6 @@ def divide(cfg, rank, world):
     return Share(rank, world, parts[rank].flatten().tolist(), parts.flatten().tolist(), rows, micro)
 
 
-def start_processes():
-    """(rank, number of processes, device) of this process."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)                        # before anything collective
-    if world > 1:
-        # A day: rank 0 may judge, or make the closing table, for longer than the ten minutes of NCCL's own default.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1),
-                                device_id=device if device.type == "cuda" else None)
-    return rank, world, device
-
-
 def load_tasks(cfg, rank):
     """Training tasks by picture size, {(height, width): tasks}, and the validation tasks of rank 0."""
     tasks = data.load(cfg.data, "train", cfg.turns, cfg.resolution)
@@ -782,7 +766,7 @@ class Run(NamedTuple):
 def prepare(cfg):
     """Load everything that the run needs, refuse what cannot be, and open its folder: cheap refusals first."""
     check(cfg)
-    rank, world, device = start_processes()
+    rank, world, device = evaluation.start_processes("nccl" if torch.cuda.is_available() else "gloo")
     share = divide(cfg, rank, world)
     if rank == 0:
         check_out(cfg)

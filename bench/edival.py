@@ -20,7 +20,6 @@ import json
 import os
 import re
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -228,7 +227,7 @@ def layout(pictures, folder, seed, part, name, k):
 
 def generate(args):
     """Write the pictures of base and LoRAs as EdiVal's baselines are made; what is there is not made again."""
-    device, rank = start()
+    rank, _, device = evaluation.start_processes("gloo")
     loras = evaluation.name_loras(args.lora)
     for name, path in loras.items():
         if "_" in name:
@@ -351,7 +350,7 @@ def check_pictures(folder, tasks, K):
 
 def score(args):
     """Judge the pictures by a judge of ours, and report: a proxy."""
-    device, rank = start()
+    rank, _, device = evaluation.start_processes("gloo")
     # The tasks and where their pictures are: refused before a judge is loaded.
     record = read_record(args)
     K = record["turns"]
@@ -467,17 +466,6 @@ def report(args):
 
 
 # ----------------------------------------------------------------------------------------------------- command line
-
-def start():
-    """(device, rank) of this process; those of torchrun get a GPU each and wait for one another as long as it takes."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
-    return device, int(os.environ.get("RANK", 0))
-
 
 def read_record(args):
     """What generate left in OUT/edival.json, if anything; the flags of now win."""
