@@ -32,6 +32,12 @@ ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
 CHUNK = 16 * 48 * 48     # pixels that a CPU puts through a VAE at a time
 
 
+def multiplies_in_bfloat16(device):
+    """Is it a CPU that multiplies in bfloat16? Others are slower in it than in float32."""
+    checks = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
+    return torch.device(device).type == "cpu" and any(check() for check in checks if check)
+
+
 # ------------------------------------------------------------------------------------------------------------ editors
 
 class Editor:
@@ -42,6 +48,7 @@ class Editor:
     lora_targets = {"attention": ATTENTION}      # name of a list -> how the names of the Linears end that LoRA wraps
     memory_format = torch.channels_last          # of pictures: convolutions run several times faster on CPUs
     video = False                                # is the VAE one for video?
+    fast = False                                 # let a CPU multiply in bfloat16: training that ends where it did
 
     def __init__(self, pipe, device, guidance=None, offload=False, max_text=None):
         self.pipe, self.device, self.offload = pipe, torch.device(device), offload
@@ -118,6 +125,9 @@ class Editor:
         index = torch.tensor([place[key] for key in keys])
         return {name: value.cpu() for name, value in cond.items()}, index
 
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.fast)
+
     def in_chunks(self, work, x, pixels):
         """work(x), on a CPU as many pictures at a time as its cache holds: the same numbers, in 2/3 of the time."""
         if self.device.type != "cpu" or len(x) == 0:
@@ -137,7 +147,8 @@ class Editor:
         y = y.to(self.vae.dtype).contiguous(memory_format=self.memory_format)
         # a VAE for video takes a picture for its first frame
         y = y[:, :, None] if self.video else y
-        z = self.in_chunks(lambda part: self.vae.encode(part).latent_dist.mode(), y, H * W).float()
+        with self.autocast():
+            z = self.in_chunks(lambda part: self.vae.encode(part).latent_dist.mode(), y, H * W).float()
         # 2 x 2 latent pixels make one token
         z = z.reshape(S, -1, h, 2, w, 2).permute(0, 2, 4, 1, 3, 5).reshape(S, N, C)
         return (z - self.mean) / self.std
@@ -150,7 +161,8 @@ class Editor:
         z = z.permute(0, 3, 1, 4, 2, 5).reshape(S, -1, 2 * h, 2 * w)
         z = z.to(self.vae.dtype).contiguous(memory_format=self.memory_format)
         z = z[:, :, None] if self.video else z
-        y = self.in_chunks(lambda part: self.vae.decode(part).sample, z, size[0] * size[1])
+        with self.autocast():
+            y = self.in_chunks(lambda part: self.vae.decode(part).sample, z, size[0] * size[1])
         y = y.float().reshape(S, 3, *size)
         return ((y / 2 + .5).clamp(0, 1) * 255).round().byte()
 
@@ -174,7 +186,8 @@ class Editor:
         dtype = self.transformer.dtype
         both = torch.cat([x, context], 1).to(dtype)
         t = (t * 1000).to(dtype) / 1000                          # rounded where the pipeline rounds
-        v = self.transformer(hidden_states=both, timestep=t, return_dict=False, **inputs)[0]
+        with self.autocast():
+            v = self.transformer(hidden_states=both, timestep=t, return_dict=False, **inputs)[0]
         return v[:, :x.shape[1]].float()
 
     def positions(self, size, *layers):
@@ -492,7 +505,8 @@ class LoRALinear(nn.Module):
         self.A, self.B = nn.Parameter(A.to(base.weight.device)), nn.Parameter(B.to(base.weight.device))
 
     def weight(self):
-        return self.base.weight + self.scale * (self.B @ self.A)
+        with torch.autocast(self.A.device.type, enabled=False):
+            return self.base.weight + self.scale * (self.B @ self.A)
 
     def forward(self, x):
         if self.base.weight.dtype == torch.float32:

@@ -619,6 +619,7 @@ def closing_table(editor, judge, val, cfg):
     """Base against tuned on the validation tasks, same noise: validation.json, a contact sheet, a table."""
     out, arms = Path(cfg.out), {}
     before = "start" if cfg.lora else "base"                 # with --lora, training did not start from the base
+    editor.fast = False                                      # in float32, as eval.py
     for arm, name in ((before, "ref"), ("tuned", "ema")):
         with editor.using(name):
             arms[arm] = evaluation.evaluate(editor, judge, val, cfg.turns, cfg.eval_denoise, batch=cfg.micro or 100,
@@ -720,6 +721,7 @@ def reward_weights(cfg, judge):
 def load_editor(cfg, device, sizes):
     """The editor with what is trained of it, and its optimizer."""
     editor = model.load(cfg.model, device, guidance=cfg.guidance, offload=cfg.offload)
+    editor.fast = model.multiplies_in_bfloat16(device)
     without = editor.negative is None and not editor.transformer.config.guidance_embeds
     if without and cfg.guidance != Config.guidance:
         raise ValueError(f"--guidance {cfg.guidance} has no effect here: the transformer of {cfg.model} takes none")
