@@ -59,13 +59,14 @@ REMEMBERED = 800        # pictures that a model on a CPU need not look at again
 TRIAL = "following", torch.full((3, 3, 64, 64), 128, dtype=torch.uint8), ["Nothing"]
 
 
-def load(spec, device="cpu", rubric="", reasoning="logits", votes=1, scoring="turn", workers=32):
+def load(spec, device="cpu", rubric="", reasoning="logits", votes=1, scoring="turn", workers=32,
+         bf16=True):
     """A judge: "exact", a vision-language model's folder or hub id, or a server's http://host:port/v1#model.
 
     rubric: JSON file of prompts in place of RUBRICS. reasoning: logits (expectation over the ten digits, one forward) |
     direct (a generated digit) | think (a text that ends with the score). votes: answers averaged, drawn if several.
     scoring: turn | trajectory. workers: requests under way, or rows in a forward. ValueError: no such judge, or wishes
-    that contradict each other.
+    that contradict each other. bf16: a CPU that multiplies in bfloat16 does.
     """
     asking = rubric, scoring, reasoning, votes, workers
     problems = {
@@ -81,7 +82,7 @@ def load(spec, device="cpu", rubric="", reasoning="logits", votes=1, scoring="tu
         return ExactJudge()
     asking = read_rubrics(rubric, scoring), *asking[1:]
     try:
-        judge = ServedJudge(spec, *asking) if re.match("https?://", spec) else LocalJudge(spec, device, *asking)
+        judge = ServedJudge(spec, *asking) if re.match("https?://", spec) else LocalJudge(spec, device, bf16, *asking)
     # transformers raises many kinds for what is no such model, damaged, or not installed.
     except Exception as error:
         reason = one_line(error) or type(error).__name__
@@ -249,7 +250,7 @@ def once(keys, items, memory, work):
 class LocalJudge(VLMJudge):
     """A vision-language model in process, by transformers."""
 
-    def __init__(self, path, device, *asking):
+    def __init__(self, path, device, bf16, *asking):
         from huggingface_hub import HfApi, try_to_load_from_cache
         from model import find_folder, fingerprint, multiplies_in_bfloat16
         from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -268,7 +269,7 @@ class LocalJudge(VLMJudge):
             raise ValueError("its tokenizer has no token of its own for each digit")
         self.digits = torch.tensor(ids, device=self.device)
         dtype = "auto" if self.device.type == "cuda" else torch.float32
-        if multiplies_in_bfloat16(device):
+        if bf16 and multiplies_in_bfloat16(device):
             dtype = torch.bfloat16                           # half the time, scores within .001
         net, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         # The library only warns of a tensor that is missing, and draws it at random.
