@@ -59,8 +59,7 @@ REMEMBERED = 800        # pictures that a model on a CPU need not look at again
 TRIAL = "following", torch.full((3, 3, 64, 64), 128, dtype=torch.uint8), ["Nothing"]
 
 
-def load(spec, device="cpu", rubric="", reasoning="logits", votes=1, scoring="turn", workers=32,
-         bf16=True):
+def load(spec, device="cpu", rubric="", reasoning="logits", votes=1, scoring="turn", workers=32, bf16=True):
     """A judge: "exact", a vision-language model's folder or hub id, or a server's http://host:port/v1#model.
 
     rubric: JSON file of prompts in place of RUBRICS. reasoning: logits (expectation over the ten digits, one forward) |
