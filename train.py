@@ -19,6 +19,7 @@ import random
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -724,6 +725,7 @@ def load_editor(cfg, device, sizes):
     """The editor with what is trained of it, and its optimizer."""
     editor = model.load(cfg.model, device, guidance=cfg.guidance, offload=cfg.offload)
     editor.fast = cfg.bf16 and model.multiplies_in_bfloat16(device)
+    warnings.filterwarnings("ignore", "Mismatch dtype")      # autocast leaves a norm's few weights in float32
     without = editor.negative is None and not editor.transformer.config.guidance_embeds
     if without and cfg.guidance != Config.guidance:
         raise ValueError(f"--guidance {cfg.guidance} has no effect here: the transformer of {cfg.model} takes none")

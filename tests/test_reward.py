@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import data
+import model
 import reward
 from fixtures import ROOT, refused, run_script
 from rollout import Task
@@ -163,6 +164,12 @@ def make_llava(folder, words=WORDS, template=None):
     return str(folder)
 
 
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """The same numbers on every CPU: some would multiply in bfloat16."""
+    monkeypatch.setattr(model, "multiplies_in_bfloat16", lambda device: False)
+
+
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
     return make_llava(tmp_path_factory.mktemp("llava"))
@@ -198,6 +205,16 @@ def test_a_score_is_the_expectation_over_the_digits_at_the_answers_place(templat
     (score, text), = reward.load(folder).score(PROMPTS[3:4])
     assert abs(score - by_hand(folder, *PROMPTS[3])) < 1e-5
     assert abs(sum(d * float(text.split()[2 * d + 1]) for d in range(10)) / 9 - score) < .02, "not what it says"
+
+
+def test_a_cpu_that_multiplies_in_bfloat16_gives_nearly_the_same_scores(llava, judge, monkeypatch):
+    """Catches: a fast judge that sees other pictures, whose scores are rounded to what training would feel, or who
+    does not ask for --bf16."""
+    monkeypatch.setattr(model, "multiplies_in_bfloat16", lambda device: True)
+    fast = reward.load(llava)
+    difference = (scores(fast) - scores(judge)).abs()
+    assert 0 < difference.max() < .02 and next(fast.model.parameters()).dtype == torch.bfloat16
+    assert torch.equal(scores(reward.load(llava, bf16=False)), scores(judge))
 
 
 def test_a_judge_without_the_words_refuses(judge):

@@ -626,6 +626,30 @@ def test_two_processes_are_one(end_to_end, algo):
         assert (difference > 1e-5).float().mean() < 2e-3 and difference.mean() < 1e-3 * moved.mean(), difference.mean()
 
 
+def test_training_in_bfloat16_starts_at_a_ratio_of_1_and_is_evaluated_in_float32(tmp_path, judge, monkeypatch):
+    """Catches: W + s B A summed in bfloat16 in the update alone; a closing table that no eval.py could repeat; a --bf16
+    that changes nothing; velocities that are not nearly those of float32."""
+    monkeypatch.setattr(model, "multiplies_in_bfloat16", lambda device: True)
+    seen, plain = [], train.evaluation.evaluate
+    monkeypatch.setattr(train.evaluation, "evaluate", lambda editor, *rest, **more: [
+        seen.append(editor.fast), plain(editor, *rest, **more)][1])
+    rows = {}
+    for bf16 in ("true", "false"):
+        train.main(config(tmp_path / bf16, steps=2, val_tasks=2, bf16=bf16))
+        rows[bf16] = metrics(tmp_path / bf16)[1]
+    assert rows["true"]["update/ratio_deviation_1"] < 1e-6 and seen == [False] * 4
+    assert rows["true"] != rows["false"]
+
+    editor = new_editor()
+    x, context, cond, t, size = torch.randn(4, 9, 64), torch.randn(4, 9, 64), None, torch.full((4,), .7), SIZE
+    cond, index = editor.condition(["Make the red star blue"] * 4, None)
+    cond = {name: value[index] for name, value in cond.items()}
+    exact = editor.velocity(x, t, cond, context, size)
+    editor.fast = True
+    close = editor.velocity(x, t, cond, context, size)
+    assert 0 < (close - exact).norm() < .02 * exact.norm()
+
+
 # ----------------------------------------------------------------------------------------------------- judges that fail
 
 def test_judge_failures_are_counted_and_aligned_and_the_run_goes_on(tmp_path, judge, monkeypatch):
