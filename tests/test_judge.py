@@ -113,7 +113,7 @@ def test_training_asks_what_judging_asks(kind, part, tmp_path):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     asked = make_judge.draw_questions(random.Random(3), kind, 6, [part], processor.tokenizer)
-    judge = reward.load(str(tmp_path), scoring=scoring, reasoning=reasoning)
+    judge = reward.load(str(tmp_path), scoring=scoring, reasoning=reasoning, bf16=False)
 
     rng, prompts = random.Random(3), []
     while len(prompts) < 6:                                       # the same draws as above
