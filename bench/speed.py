@@ -213,7 +213,7 @@ def growth(device):
             flags = {"algo": algo, "updates": 1} | point
             del flags["resolution"]                              # which is that of the tasks
             cfg = fullsize.configure(flags)
-            editor = model.add_lora(model.load(cfg.model, device), cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+            editor, _ = train.load_editor(cfg, device, [])
             size = point["resolution"], point["resolution"]
             rollout_and_update(editor, cfg, size)                # warms up
             rows.append({"algo": algo} | point | rollout_and_update(editor, cfg, size))
@@ -254,7 +254,7 @@ def main(argv=None):
         result["steps"] = {algo: watch(algo, steps) for algo in ("grpo", "nft")}
         print(table(result["steps"]))
         cfg = fullsize.configure({})
-        editor = model.add_lora(model.load(cfg.model, device), cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+        editor, _ = train.load_editor(cfg, device, [])
         one = result["forward"] = one_forward(editor, (48, 48), train.divide(cfg, 0, 1).micro)
         print(f"a forward of {one['rows']} rows: {one['seconds']:.4f} s, {one['share']:.0%} of the machine's "
               f"{one['machine_FLOP_per_second'] / 1e9:.0f} GFLOP/s in the same matrix products")
