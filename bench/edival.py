@@ -289,7 +289,7 @@ def load_features(folder, device="cpu", micro=32):
     """
     from transformers import AutoModel
     try:
-        net = AutoModel.from_pretrained(folder).to(device).eval()
+        net = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False).to(device).eval()
         side = 16 * net.config.patch_size
     # transformers raises many kinds for what is no such model
     except Exception as error:
@@ -473,6 +473,10 @@ def read_record(args):
     record = {"data": None, "images": None, "turns": 3, "probes": 0, "arms": [], "made_of": {}}
     if file.is_file():
         record |= data.read_json(file)
+        kept = {"data": str, "images": str, "turns": int, "probes": int, "arms": list, "made_of": dict}
+        for name, wanted in kept.items():
+            if record[name] is not None and not isinstance(record[name], wanted):
+                raise ValueError(f"{file}: {name} must be of type {wanted.__name__}")
     for name in ("data", "images"):
         if getattr(args, name):
             record[name] = str(Path(getattr(args, name)).resolve())

@@ -2,11 +2,13 @@
 import contextlib
 import functools
 import io
+import os
 import runpy
 import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 
 import data
@@ -212,6 +214,24 @@ class Judge(reward.Judge):
         drift = (x[:, k + 1] - x[:, 0]).abs().mean((1, 2, 3))
         r = torch.stack([x[:, k + 1, 0].mean((1, 2)), 1 - drift], 1)
         return self.edit(r, tasks, k) if self.edit else r
+
+
+def record_disk(monkeypatch):
+    """A list that os.fsync and os.replace fill: ("fsync", path) and ("replace", from, to), in order."""
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def noted_fsync(handle):
+        calls.append(("fsync", os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def noted_replace(source, target):
+        calls.append(("replace", str(source), str(target)))
+        replace(source, target)
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("what a file handle belongs to is read in /proc, which is not here")
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    return calls
 
 
 def run_script(name, *argv):
