@@ -394,10 +394,7 @@ def load(path, device="cpu", dtype=None, guidance=None, offload=False):
 
 
 def load_pipeline(path, dtype, on_cpu):
-    """The pipeline of a folder or hub id. ValueError, or an error of the libraries, if it is not whole and finite.
-
-    Weights are read from safetensors alone: a pickle (.bin) may run anything when it is loaded.
-    """
+    """The pipeline of a folder or hub id. ValueError, or an error of the libraries, if it is not whole and finite."""
     import diffusers
     import transformers
     diffusers.logging.set_verbosity_error()          # what matters of their warnings is raised below
@@ -428,20 +425,26 @@ def load_pipeline(path, dtype, on_cpu):
         if not whole:
             raise ValueError(f"{name}/ is not whole, it holds {', '.join(sorted(files)) or 'nothing'}")
 
+    # Which of the parts are models; a pickle (.bin) is none, since it may run anything when it is loaded.
+    networks = [name for name in parts if name in ("transformer", "vae") or name.startswith("text_encoder")]
+    for name in networks:
+        if not any((folder / name).glob("*.safetensors")):
+            raise ValueError(f"{name}/ holds no safetensors file")
+
     # The models, tensor by tensor: the libraries only warn of a missing one, and draw it at random.
     if dtype is None:
         size = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
         dtype = torch.float32 if on_cpu or size < 1e9 else torch.bfloat16
     models = {}
-    for name, (library, class_name) in parts.items():
-        if name in ("transformer", "vae") or name.startswith("text_encoder"):
-            model_class = getattr(diffusers if library == "diffusers" else transformers, class_name)
-            models[name], info = model_class.from_pretrained(
-                folder / name, dtype=dtype, use_safetensors=True, output_loading_info=True)
-            missing = [key for key in sorted(info["missing_keys"]) if "num_batches_tracked" not in key]
-            if missing:
-                raise ValueError(f"{name}/ lacks {missing[0]} ({len(missing)} missing in all)")
-            check_finite(models[name].state_dict(), f"{name}/")
+    for name in networks:
+        library, class_name = parts[name]
+        model_class = getattr(diffusers if library == "diffusers" else transformers, class_name)
+        models[name], info = model_class.from_pretrained(
+            folder / name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        missing = [key for key in sorted(info["missing_keys"]) if "num_batches_tracked" not in key]
+        if missing:
+            raise ValueError(f"{name}/ lacks {missing[0]} ({len(missing)} missing in all)")
+        check_finite(models[name].state_dict(), f"{name}/")
     pipe = getattr(diffusers, family).from_pretrained(folder, dtype=dtype, **models)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -622,9 +622,9 @@ def interruptible(loud=True):
             os._exit(128 + number)
         caught.append(number)
         # a judge's server may take minutes to end the step; not print(), which this may have interrupted
-        words = f"\n{signal.Signals(number).name}: the step is finished and saved first; once more ends the run at once\n"
+        name = signal.Signals(number).name
         if loud:
-            os.write(2, words.encode())
+            os.write(2, f"\n{name}: the step is finished and saved first; once more ends the run at once\n".encode())
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught

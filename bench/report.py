@@ -199,16 +199,16 @@ def setting_line(result):
     return "; ".join(words) + f". {PROFILES[result['profile']]}"
 
 
-def plain(cell):
-    """A cell's text on one line, nothing of it taken for the end of a cell or for HTML."""
-    text = " ".join(cell.split()).replace("|", r"\|")
+def plain(text):
+    """Text for Markdown: on one line, nothing of it taken for the end of a table's cell or for HTML."""
+    text = " ".join(text.split()).replace("|", r"\|")
     return re.sub(r"<(?=[a-zA-Z/!?])", r"\\<", text)
 
 
 def markdown(result):
-    lines = ["# Multi-turn evaluation", "", headline(result), "", setting_line(result)]
+    lines = ["# Multi-turn evaluation", "", plain(headline(result)), "", plain(setting_line(result))]
     for title, note, header, rows in tables(result):
-        lines += ["", f"## {title}", "", note, ""]
+        lines += ["", f"## {plain(title)}", "", note, ""]
         for cells in (header, ["---"] * len(header), *rows):
             lines.append("| " + " | ".join(plain(cell) or " " for cell in cells) + " |")
     return "\n".join(lines) + "\n"
@@ -412,7 +412,7 @@ def describe_dialogue(arms, task, row):
         marks = ["unknown" if verdict is None else "ok" if verdict else "no" for verdict in good]
         images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in scores.pictures(row)]
         source, *after = [inline(image, 256) for image in images]
-        found["arms"].append({"name": arm, "outcome": " ".join(outcome), "turns": list(zip(after, marks))})
+        found["arms"].append({"name": arm, "outcome": "\n".join(outcome), "turns": list(zip(after, marks))})
         found |= {"source": source, "small": images[0].width <= 96}
     return found
 

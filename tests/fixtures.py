@@ -252,5 +252,5 @@ def refused(name, *argv):
     """Run a script that must refuse: exit code 2 and one clear line on stderr, which is returned."""
     code, out, err = run_script(name, *argv)
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "Loading" not in line]
-    assert code == 2 and len(lines) == 1 and lines[0].startswith(f"{name}: "), (code, out, err)
+    assert code == 2 and len(lines) == 1 and lines[0].startswith(f"{Path(name).name}: "), (code, out, err)
     return lines[0]

@@ -964,6 +964,7 @@ IMPOSSIBLE = {      # what is typed, what the one line must say
     "infinity": (dict(lr="inf"), "--lr inf .*finite"),
     "not a number": (dict(ema="nan"), "--ema nan .*finite"),
     "samples that would all be equal": (dict(algo="nft", shared_noise="true"), "--shared-noise True .*equal"),
+    "pictures of 10 gigapixels": (dict(data="x.jsonl", resolution=100000), "--resolution 100000 must be at most 4096"),
     "no data": (dict(data="/nowhere.jsonl"), "/nowhere.jsonl.*no such file"),
     "no editor": (dict(model="/nowhere"), "/nowhere.*no editor"),
     "no lora": (dict(lora="/nowhere", lora_rank=None, lora_alpha=None), "/nowhere"),
