@@ -115,6 +115,13 @@ def by_turn(rows):
     needed = {"bg_consistency", "unchanged_objects", "all_objects", "format_instructions"}
     if len(rows) < len(rows[-1]["instructions"]) or not needed <= rows[0].keys():
         return {}
+    for k, row in enumerate(rows):
+        for name, least in (("task_type", 1), ("format_instructions", k + 1), ("unchanged_objects", 0), ("all_objects", 0)):
+            listed = isinstance(row[name], list) and all(isinstance(text, str) for text in row[name])
+            if not listed or len(row[name]) < least:
+                raise ValueError(f"{row['where']}: {name} must be a list of {least} texts or more")
+        if not isinstance(row["bg_consistency"], bool):
+            raise ValueError(f"{row['where']}: bg_consistency must be True or False")
     made, dependent = [], []
     for k, row in enumerate(rows):
         named = " | ".join(re.findall(r"\[([^\]]*)\]", row["format_instructions"][k]))
