@@ -381,8 +381,11 @@ class ServedJudge(VLMJudge):
 
     def answer(self, questions, seeds):
         self.streak, self.reason = 0, ""
-        with ThreadPoolExecutor(self.workers) as pool:
+        pool = ThreadPoolExecutor(self.workers)
+        try:
             return list(pool.map(self.ask, questions, seeds))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)       # after Ctrl-C nobody waits for a slow server
 
     def ask(self, question, seed):
         """A question -> an answer, in TRIES calls at most. Once a whole round of workers has failed, none."""
