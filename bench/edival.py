@@ -116,10 +116,11 @@ def by_turn(rows):
     if len(rows) < len(rows[-1]["instructions"]) or not needed <= rows[0].keys():
         return {}
     for k, row in enumerate(rows):
-        for name, least in (("task_type", 1), ("format_instructions", k + 1), ("unchanged_objects", 0), ("all_objects", 0)):
+        least = {"task_type": 1, "format_instructions": k + 1, "unchanged_objects": 0, "all_objects": 0}
+        for name, n in least.items():
             listed = isinstance(row[name], list) and all(isinstance(text, str) for text in row[name])
-            if not listed or len(row[name]) < least:
-                raise ValueError(f"{row['where']}: {name} must be a list of {least} texts or more")
+            if not listed or len(row[name]) < n:
+                raise ValueError(f"{row['where']}: {name} must be a list of {n} texts or more")
         if not isinstance(row["bg_consistency"], bool):
             raise ValueError(f"{row['where']}: bg_consistency must be True or False")
     made, dependent = [], []

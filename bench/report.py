@@ -431,7 +431,8 @@ def read_evaluation(out):
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{out / 'settings.json'} is not what eval.py writes: {data.one_line(error)}") from None
     tasks = data.load(settings.data, settings.split, settings.turns, settings.resolution, settings.tasks)
-    evaluation.refuse_other(data.read_made_of(out / "settings.json"), evaluation.made_of_tasks(tasks, settings.turns), out)
+    made_of = data.read_made_of(out / "settings.json")
+    evaluation.refuse_other(made_of, evaluation.made_of_tasks(tasks, settings.turns), out)
     arms = {}
     for arm in ("base", *settings.lora):
         folder = out / "arms" / arm
