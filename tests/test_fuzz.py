@@ -162,9 +162,11 @@ def test_a_score_among_words_is_found(reasoning, score, before, after):
 
 NUMBER = st.floats() | st.sampled_from([0., -.1, -1., -40., math.nan, math.inf, -math.inf, 1e-4]) | st.none() | st.text(max_size=2)
 TOKEN = st.sampled_from([str(digit) for digit in range(10)] + [" 7", "7\n", "\uff17", "10", "A", ""]) | st.none() | st.integers()
-SURE = st.permutations([("7", -.1), ("A", -3.), (" 3", -4.), ("", -9.)]).map(lambda tokens: {"logprobs": {"content": [
+SURE = st.permutations([("7", -.1), ("A", -3.), (" 3", -4.), ("", -9.)])
+SPOILT = st.tuples(SURE, NUMBER).map(lambda drawn: [*drawn[0][:3], (drawn[0][3][0], drawn[1])])
+LIKELIEST = (SURE | SPOILT).map(lambda tokens: {"logprobs": {"content": [
     {"top_logprobs": [{"token": token, "logprob": logprob} for token, logprob in tokens]}]}, "message": {"content": "7"}})
-CHOICE = SURE | st.fixed_dictionaries({}, optional={
+CHOICE = LIKELIEST | LIKELIEST | st.fixed_dictionaries({}, optional={
     "message": st.fixed_dictionaries({}, optional={"content": st.text(max_size=5) | JSON}) | JSON,
     "logprobs": st.fixed_dictionaries({"content": st.lists(st.fixed_dictionaries({"top_logprobs": st.lists(
         st.fixed_dictionaries({}, optional={"token": TOKEN, "logprob": NUMBER}), max_size=4)}), max_size=2)}) | JSON,
@@ -188,6 +190,7 @@ def test_any_reply_of_a_server_is_a_score_or_none(reasoning, reply, status):
         likeliest = json.loads(reply)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         p = [0.] * 10
         for entry in likeliest:
+            assert -math.inf < entry["logprob"] <= 1e-3
             token = entry["token"].strip(" \t\n")
             if len(token) == 1 and token in "0123456789":
                 p[int(token)] += math.exp(entry["logprob"])
@@ -235,7 +238,9 @@ def test_any_command_line_of_training_is_a_config_or_one_line(words):
         value = getattr(cfg, f.name)
         assert type(value) is f.type or (f.type is float and type(value) is int)
         if f.type in (int, float):
-            data.check_bounds(f.name, value, f.metadata["bounds"])
+            bounds = {"at least": -math.inf, "greater than": -math.inf, "at most": math.inf} | f.metadata["bounds"]
+            assert math.isfinite(value) and bounds["at least"] <= value <= bounds["at most"]
+            assert value > bounds["greater than"]
         assert not f.metadata["choices"] or value in f.metadata["choices"]
     steps, window = train.trained_steps(cfg), train.stochastic_window(cfg, 1)
     assert len(steps) >= cfg.window and (cfg.algo != "grpo" or (len(window) == cfg.window and window.stop < cfg.denoise))
