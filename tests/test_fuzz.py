@@ -219,6 +219,8 @@ def words_of(settings_class):
 
 @fuzz(400)
 @given(words=words_of(train.Config))
+@example(words=["--lr", "inf"])
+@example(words=["--kl", "nan"])
 def test_any_command_line_of_training_is_a_config_or_one_line(words):
     """Catches: a traceback, or a page of usage, for a typing error; a flag that is given and not in the config; a
     number outside of its bounds that is let through."""
