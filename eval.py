@@ -574,7 +574,8 @@ class Settings:
     turns: int = option(3, "K, edits in a row (default: the run's, else 3)", low=1)
     denoise: int = option(None, "T, steps per turn (default: the run's --eval-denoise, else 8 for shapes, 28)", low=1)
     guidance: float = option(None, "guidance scale (default: the run's, else the family's)", low=0)
-    resolution: int = option(512, "pictures of a file have this area, squared (default: the run's, else 512)", low=16)
+    resolution: int = option(512, "pictures of a file have this area, squared (default: the run's, else 512)", low=16,
+                             high=4096)
     offload: bool = option(False, "text encoders are on the GPU only while they work")
     seeds: int = option(1, "noise seeds per task, pooled (default: 1)", low=1)
     batch: int = option(None, "dialogues in one forward (default: 100 for shapes, else 4)", low=1)
@@ -585,6 +586,7 @@ def read_run(run):
     """What an evaluation takes from the config.json of a training run, of this version or an older one."""
     config = read_json(Path(run) / "config.json")
     config |= {"denoise": config.get("eval_denoise"), "lora": [f"tuned={run}"], "out": f"{run}/eval"}
+    data.check_settings(Settings, config | {"lora": None}, Path(run) / "config.json")
     names = ("model", "lora", "data", "turns", "denoise", "guidance", "resolution", "offload", *JUDGE, "out")
     return {name: config[name] for name in names if config.get(name) is not None}
 
@@ -706,7 +708,7 @@ def main(argv=None):
     if not tasks:
         raise ValueError(f"--split {settings.split} of {settings.data} is empty")
     file = out / "settings.json"
-    before = read_json(file).get("made_of", {}) if file.is_file() else {}
+    before = data.read_made_of(file) if file.is_file() else {}
     if not before and any(out.glob("arms/*/*/*.png")):
         raise ValueError(f"{out} holds pictures, and no settings.json that says of what they were made: choose another "
                          "--out")

@@ -386,7 +386,12 @@ def load(path, device="cpu", dtype=None, guidance=None, offload=False):
         pipe = load_pipeline(path, dtype, torch.device(device).type == "cpu")
     except Exception as error:                       # diffusers and transformers raise many kinds, of many lines
         raise ValueError(f"--model {path} is no editor that can be loaded: {first_line(error)}") from error
-    return FAMILIES[type(pipe).__name__](pipe, device, guidance, offload)
+    editor = FAMILIES[type(pipe).__name__](pipe, device, guidance, offload)
+    without = editor.negative is None and not editor.transformer.config.guidance_embeds
+    # Kontext's is train.py's default, which nobody typed
+    if without and guidance not in (None, KontextEditor.guidance):
+        raise ValueError(f"--guidance {guidance} has no effect here: the transformer of {path} takes none")
+    return editor
 
 
 def load_pipeline(path, dtype, on_cpu):
@@ -406,8 +411,11 @@ def load_pipeline(path, dtype, on_cpu):
     if family not in FAMILIES:
         raise ValueError(f"it is a {family}; supported are {', '.join(FAMILIES)}")
     if not folder.is_dir():
-        folder = Path(diffusers.DiffusionPipeline.download(str(path)))
+        folder = Path(diffusers.DiffusionPipeline.download(str(path), use_safetensors=True))
     parts = {name: part for name, part in index.items() if isinstance(part, list) and part[0]}
+    for name, (library, _) in parts.items():
+        if library not in ("diffusers", "transformers"):         # it would be imported
+            raise ValueError(f"its {name} is of {library!r}, expected diffusers or transformers")
 
     # Small files first: where transformers finds no tokenizer or config, it goes on with no words, or a default size.
     for name in parts:
@@ -418,19 +426,26 @@ def load_pipeline(path, dtype, on_cpu):
         if not whole:
             raise ValueError(f"{name}/ is not whole, it holds {', '.join(sorted(files)) or 'nothing'}")
 
+    # Which of the parts are models; a pickle (.bin) is none, since it may run anything when it is loaded.
+    networks = [name for name in parts if name in ("transformer", "vae") or name.startswith("text_encoder")]
+    for name in networks:
+        if not any((folder / name).glob("*.safetensors")):
+            raise ValueError(f"{name}/ holds no safetensors file")
+
     # The models, tensor by tensor: the libraries only warn of a missing one, and draw it at random.
     if dtype is None:
         size = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
         dtype = torch.float32 if on_cpu or size < 1e9 else torch.bfloat16
     models = {}
-    for name, (library, class_name) in parts.items():
-        if name in ("transformer", "vae") or name.startswith("text_encoder"):
-            model_class = getattr(diffusers if library == "diffusers" else transformers, class_name)
-            models[name], info = model_class.from_pretrained(folder / name, dtype=dtype, output_loading_info=True)
-            missing = [key for key in sorted(info["missing_keys"]) if "num_batches_tracked" not in key]
-            if missing:
-                raise ValueError(f"{name}/ lacks {missing[0]} ({len(missing)} missing in all)")
-            check_finite(models[name].state_dict(), f"{name}/")
+    for name in networks:
+        library, class_name = parts[name]
+        model_class = getattr(diffusers if library == "diffusers" else transformers, class_name)
+        models[name], info = model_class.from_pretrained(
+            folder / name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        missing = [key for key in sorted(info["missing_keys"]) if "num_batches_tracked" not in key]
+        if missing:
+            raise ValueError(f"{name}/ lacks {missing[0]} ({len(missing)} missing in all)")
+        check_finite(models[name].state_dict(), f"{name}/")
     pipe = getattr(diffusers, family).from_pretrained(folder, dtype=dtype, **models)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -457,7 +472,7 @@ def fingerprint(path):
             return hashlib.sha256(str(path).encode()).hexdigest()[:16]
     # the files that a model is loaded from, or the one with trained weights
     if (found / "model_index.json").is_file():
-        endings = {".json", ".safetensors", ".bin", ".txt", ".model", ".jinja"}
+        endings = {".json", ".safetensors", ".txt", ".model", ".jinja"}
         files = sorted(file for file in found.rglob("*") if file.suffix in endings)
     else:
         found = find_weights(found)
@@ -589,20 +604,37 @@ def save_weights(editor, folder, name="policy"):
 
 
 def write_whole(file, writer):
-    """Let writer(path) write a file under another name, then rename it: whole or not at all. OSError names the file."""
+    """Let writer(path) write a file under another name, then rename it: whole or not at all, also when the power fails.
+
+    OSError names the file.
+    """
     temporary = file.with_name(file.name + ".tmp")
+    new = [folder for folder in file.parents if not folder.exists()]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         writer(temporary)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, file)
+        # the new name, and those of the folders made for it, are on the disk when the lists that hold them are
+        for folder in (file.parent, *(made.parent for made in new)):
+            sync_folder(folder)
     except (OSError, SafetensorError, RuntimeError) as error:
         with suppress(OSError):
             temporary.unlink()                                   # half a file, which may be what fills the disk
         # torch says nothing of the disk, only that its position in the file is not the expected one
         hint = " (is the disk full?)" if isinstance(error, RuntimeError) else ""
         raise OSError(f"cannot write {file}{hint}: {first_line(error)}") from None
+
+
+def sync_folder(folder):
+    """Bring a folder's list of files to the disk. Windows, which opens no folders, does so by itself."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def find_weights(path):
@@ -622,9 +654,9 @@ def load_weights(editor, path):
     """
     file, transformer = find_weights(path), editor.transformer
     try:
-        state, alpha = load_file(file), None
+        state, alphas = load_file(file), {}
         if file.name != WHOLE_FILE:
-            state, alpha = read_lora(editor.pipe, file, state)
+            state, alphas = read_lora(editor.pipe, file, state)
         check_finite(state, "it")
         if file.name == WHOLE_FILE:
             transformer.load_state_dict(state)
@@ -635,7 +667,7 @@ def load_weights(editor, path):
     # look at all of it before a layer is touched
     linears = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     layers = {}
-    for name in sorted({key.removeprefix("transformer.").rsplit(".", 2)[0] for key in state}):
+    for name in sorted(layer_names(state)):
         A, B = (state.get(lora_key(name, letter), torch.empty(0)) for letter in "AB")
         base = linears.get(name)
         if base is None or A.shape != (len(A), base.in_features) or B.shape != (base.out_features, len(A)):
@@ -646,7 +678,7 @@ def load_weights(editor, path):
         raise ValueError(f"{file} holds no LoRA: it has no tensors")
 
     for name, (A, B) in layers.items():
-        module = wrap(editor, name, len(A), alpha(name, len(A)))
+        module = wrap(editor, name, len(A), alphas[name])
         module.A.data.copy_(A)
         module.B.data.copy_(B)
     editor.copy_weights("ref", "old", "ema")
@@ -654,10 +686,10 @@ def load_weights(editor, path):
 
 
 def read_lora(pipe, file, state):
-    """A LoRA in any layout that the pipeline reads -> {transformer.NAME.lora_A.weight: ...}, alpha(name, rank)."""
+    """A LoRA in any layout that the pipeline reads -> {transformer.NAME.lora_A.weight: ...}, {NAME: alpha}."""
     from diffusers.utils import convert_unet_state_dict_to_peft
     read = pipe.lora_state_dict(state, return_alphas=True)
-    state, alphas = read if isinstance(read, tuple) else (read, None)
+    state, in_keys = read if isinstance(read, tuple) else (read, None)
     if any(".lora." in key for key in state):                    # diffusers' older names: lora.down and lora.up
         state = convert_unet_state_dict_to_peft(state)
     # the adapter's config, as PEFT writes it
@@ -669,11 +701,20 @@ def read_lora(pipe, file, state):
     def alpha(name, rank):
         # in the file's keys, else by the rules of PEFT's config, else the rank
         key, value = f"transformer.{name}.alpha", config.get("lora_alpha", rank)
-        if alphas and key in alphas:
-            return float(alphas[key])
+        if in_keys and key in in_keys:
+            return in_keys[key]
         for pattern in config.get("alpha_pattern", {}):
             if re.fullmatch(rf"(.*\.)?({pattern})", name):
                 value = config["alpha_pattern"][pattern]
                 break
         return value * math.sqrt(rank) if config.get("use_rslora") else value
-    return state, alpha
+    alphas = {}
+    for name in layer_names(state):
+        A = state.get(lora_key(name, "A"), ())
+        alphas[name] = float(alpha(name, len(A)))
+    return state, alphas
+
+
+def layer_names(state):
+    """NAME of every transformer.NAME.lora_A.weight, or whatever else is in a LoRA."""
+    return {key.removeprefix("transformer.").rsplit(".", 2)[0] for key in state}

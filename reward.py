@@ -258,7 +258,7 @@ class LocalJudge(VLMJudge):
         if not folder.is_dir() and not try_to_load_from_cache(path, "config.json"):
             # One question: from_pretrained asks for a dozen files, each for half a minute if there is no network.
             HfApi().model_info(path, timeout=10)
-        self.processor = AutoProcessor.from_pretrained(folder)
+        self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         self.tokenizer = self.processor.tokenizer
         # Padded on the left, so that the last position is the answer's in every row.
         self.tokenizer.padding_side = "left"
@@ -270,7 +270,9 @@ class LocalJudge(VLMJudge):
         dtype = "auto" if self.device.type == "cuda" else torch.float32
         if bf16 and multiplies_in_bfloat16(device):
             dtype = torch.bfloat16                           # half the time, scores within .001
-        net, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        # No pickled weights and no code of the model's own: either could run anything.
+        net, info = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
         # The library only warns of a tensor that is missing, and draws it at random.
         if info["missing_keys"]:
             raise ValueError(f"its files lack {min(info['missing_keys'])} ({len(info['missing_keys'])} missing in all)")
@@ -379,8 +381,11 @@ class ServedJudge(VLMJudge):
 
     def answer(self, questions, seeds):
         self.streak, self.reason = 0, ""
-        with ThreadPoolExecutor(self.workers) as pool:
+        pool = ThreadPoolExecutor(self.workers)
+        try:
             return list(pool.map(self.ask, questions, seeds))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)       # after Ctrl-C nobody waits for a slow server
 
     def ask(self, question, seed):
         """A question -> an answer, in TRIES calls at most. Once a whole round of workers has failed, none."""

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -71,7 +72,7 @@ class Config:
                                "which Linears get one: attention, all (the family's list), every, or ends of names")
 
     data: str = option("shapes", "'shapes' (the embedded world), or a JSONL file of dialogues", group="the rollout")
-    resolution: int = option(512, "pictures are scaled to an area of this squared, in pixels", low=16)
+    resolution: int = option(512, "pictures are scaled to an area of this squared, in pixels", low=16, high=4096)
     tasks: int = option(24, "B, tasks in a step, over all processes", low=1)
     group: int = option(8, "G, samples per task", low=2)
     turns: int = option(3, "K, edits in a row", low=1)
@@ -144,7 +145,7 @@ def main(cfg):
     asked = [cfg.turns - 1] if cfg.aggregate == "whole" else range(cfg.turns)
     progress = tqdm(range(run.done + 1, cfg.steps + 1), desc=cfg.algo, initial=run.done, total=cfg.steps,
                     disable=share.rank > 0)
-    with interruptible() as caught:
+    with interruptible(share.rank == 0) as caught:
         for step in progress:
             start, seconds, scores, seen = time.perf_counter(), {}, [], []
             batch = choose(run.tasks_by_size, cfg.tasks, cfg.seed, step)
@@ -454,6 +455,8 @@ def log(metrics, out, progress):
     """Append a line to metrics.jsonl, and show the rewards beside the progress bar."""
     with open(out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(metrics) + "\n")
+        file.flush()
+        os.fsync(file.fileno())                              # before the checkpoint that counts on this line
     rewards = {name.removeprefix("reward/"): value for name, value in metrics.items() if name.startswith("reward/")}
     known = {name: value for name, value in rewards.items() if value is not None and "_turn" not in name}
     progress.set_postfix({name: f"{value:.3f}" for name, value in known.items()})
@@ -506,15 +509,24 @@ def check_streaks(streaks, used, info, step, out):
 
 # -------------------------------------------------------------------------------------------------- the folder of a run
 
+def checkpoints(out):
+    """The checkpoints of a run, step_NUMBER.pt, by their numbers; a file of another name is none."""
+    found = {}
+    for file in (out / "checkpoint").glob("step_*.pt"):
+        name = re.fullmatch(r"step_(\d+)\.pt", file.name, re.ASCII)
+        if name:
+            found[int(name[1])] = file
+    return [found[step] for step in sorted(found)]
+
+
 def save(editor, optimizer, step, out):
     """Checkpoint of a step and LoRA; the last two checkpoints are kept."""
     folder = out / "checkpoint"
-    folder.mkdir(parents=True, exist_ok=True)
     model.save_weights(editor, out, "ema")               # first: a kill in between repeats steps and writes it again
     state = {"step": step, "policy": [p.data for p in editor.trained.values()], "sets": editor.sets,
              "optimizer": optimizer.state_dict()}
     model.write_whole(folder / f"step_{step:06d}.pt", lambda path: torch.save(state, path))
-    for old in sorted(folder.glob("step_*.pt"))[:-2]:
+    for old in checkpoints(out)[:-2]:
         old.unlink()
 
 
@@ -532,7 +544,7 @@ def read_checkpoint(file, editor):
 
 def restore(editor, optimizer, out, say):
     """Load the newest checkpoint that can be read; returns the number of steps done. ValueError if there is none."""
-    for file in sorted((out / "checkpoint").glob("step_*.pt"), reverse=True):
+    for file in reversed(checkpoints(out)):
         try:
             state = read_checkpoint(file, editor)
             optimizer.load_state_dict(state["optimizer"])
@@ -556,7 +568,7 @@ def check_out(cfg):
         raise ValueError(f"--resume: {out} holds no run")
     if cfg.resume:
         same_as_before(read_json(out / "config.json"), asdict(cfg), out)
-        if not list((out / "checkpoint").glob("step_*.pt")):
+        if not checkpoints(out):
             raise ValueError(f"--resume: {out / 'checkpoint'} holds no checkpoint; nothing was changed")
 
 
@@ -601,7 +613,7 @@ def keep_lines(path, n):
 
 
 @contextmanager
-def interruptible():
+def interruptible(loud=True):
     """Note SIGINT and SIGTERM in a list, so that the step is finished and saved; a second one ends the run at once."""
     caught = []
 
@@ -609,6 +621,10 @@ def interruptible():
         if caught:
             os._exit(128 + number)
         caught.append(number)
+        # a judge's server may take minutes to end the step; not print(), which this may have interrupted
+        name = signal.Signals(number).name
+        if loud:
+            os.write(2, f"\n{name}: the step is finished and saved first; once more ends the run at once\n".encode())
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
@@ -627,7 +643,8 @@ def closing_table(editor, judge, val, cfg):
             arms[arm] = evaluation.evaluate(editor, judge, val, cfg.turns, cfg.eval_denoise, batch=cfg.micro or 100,
                                             desc=f"validate {arm}")
     result = evaluation.summarise(arms, val)
-    (out / "validation.json").write_text(json.dumps(result, indent=1, allow_nan=False))
+    text = json.dumps(result, indent=1, allow_nan=False)
+    model.write_whole(out / "validation.json", lambda path: path.write_text(text))
     evaluation.draw_arms(arms, val, out / "samples" / "validation.png")
     print(f"{len(val)} validation tasks, T = {cfg.eval_denoise}\n{evaluation.table(result)}")
 
@@ -726,9 +743,6 @@ def load_editor(cfg, device, sizes):
     editor = model.load(cfg.model, device, guidance=cfg.guidance, offload=cfg.offload)
     editor.fast = cfg.bf16 and model.multiplies_in_bfloat16(device)
     warnings.filterwarnings("ignore", "Mismatch dtype")      # autocast leaves a norm's few weights in float32
-    without = editor.negative is None and not editor.transformer.config.guidance_embeds
-    if without and cfg.guidance != Config.guidance:
-        raise ValueError(f"--guidance {cfg.guidance} has no effect here: the transformer of {cfg.model} takes none")
     for size in sizes:
         editor.latent_shape(size)                            # refuses a size that is no multiple
     if cfg.lora:

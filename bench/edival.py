@@ -115,6 +115,14 @@ def by_turn(rows):
     needed = {"bg_consistency", "unchanged_objects", "all_objects", "format_instructions"}
     if len(rows) < len(rows[-1]["instructions"]) or not needed <= rows[0].keys():
         return {}
+    for k, row in enumerate(rows):
+        least = {"task_type": 1, "format_instructions": k + 1, "unchanged_objects": 0, "all_objects": 0}
+        for name, n in least.items():
+            listed = isinstance(row[name], list) and all(isinstance(text, str) for text in row[name])
+            if not listed or len(row[name]) < n:
+                raise ValueError(f"{row['where']}: {name} must be a list of {n} texts or more")
+        if not isinstance(row["bg_consistency"], bool):
+            raise ValueError(f"{row['where']}: bg_consistency must be True or False")
     made, dependent = [], []
     for k, row in enumerate(rows):
         named = " | ".join(re.findall(r"\[([^\]]*)\]", row["format_instructions"][k]))
@@ -289,7 +297,7 @@ def load_features(folder, device="cpu", micro=32):
     """
     from transformers import AutoModel
     try:
-        net = AutoModel.from_pretrained(folder).to(device).eval()
+        net = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False).to(device).eval()
         side = 16 * net.config.patch_size
     # transformers raises many kinds for what is no such model
     except Exception as error:
@@ -473,6 +481,10 @@ def read_record(args):
     record = {"data": None, "images": None, "turns": 3, "probes": 0, "arms": [], "made_of": {}}
     if file.is_file():
         record |= data.read_json(file)
+        kept = {"data": str, "images": str, "turns": int, "probes": int, "arms": list, "made_of": dict}
+        for name, wanted in kept.items():
+            if record[name] is not None and not isinstance(record[name], wanted):
+                raise ValueError(f"{file}: {name} must be of type {wanted.__name__}")
     for name in ("data", "images"):
         if getattr(args, name):
             record[name] = str(Path(getattr(args, name)).resolve())

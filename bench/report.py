@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from PIL import Image
 
 import data
 import eval as evaluation
+import model
 from eval import significant
 
 SHOWN = 120            # dialogues in report.html at most
@@ -53,8 +55,8 @@ def write_report(out, result, arms, tasks):
     """Write everything into the folder `out`. arms {name: Scores}; pictures are shown where all Scores have them."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(result, indent=1, allow_nan=False), encoding="utf-8")
-    (out / "tables.md").write_text(markdown(result), encoding="utf-8")
+    write(out / "results.json", json.dumps(result, indent=1, allow_nan=False))
+    write(out / "tables.md", markdown(result))
     figures = draw_figures(result, out / "figures")
     pictured = all(scores.pictures for scores in arms.values())
     sheets = draw_sheets(arms, tasks, out / "sheets") if pictured else []
@@ -67,7 +69,11 @@ def write_report(out, result, arms, tasks):
         sheets=[(inline(Image.open(file), 900), caption) for file, caption in sheets],
         dialogues=[describe_dialogue(arms, tasks[row], row) for row in rows],
         kinds=kinds_of([tasks[row] for row in rows], turns_of(arms)), turns=turns_of(arms))
-    (out / "report.html").write_text(page, encoding="utf-8")
+    write(out / "report.html", page)
+
+
+def write(file, text):
+    model.write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -193,12 +199,18 @@ def setting_line(result):
     return "; ".join(words) + f". {PROFILES[result['profile']]}"
 
 
+def plain(text):
+    """Text for Markdown: on one line, nothing of it taken for the end of a table's cell or for HTML."""
+    text = " ".join(text.split()).replace("|", r"\|")
+    return re.sub(r"<(?=[a-zA-Z/!?])", r"\\<", text)
+
+
 def markdown(result):
-    lines = ["# Multi-turn evaluation", "", headline(result), "", setting_line(result)]
+    lines = ["# Multi-turn evaluation", "", plain(headline(result)), "", plain(setting_line(result))]
     for title, note, header, rows in tables(result):
-        lines += ["", f"## {title}", "", note, ""]
+        lines += ["", f"## {plain(title)}", "", note, ""]
         for cells in (header, ["---"] * len(header), *rows):
-            lines.append("| " + " | ".join(cell.replace("|", r"\|") or " " for cell in cells) + " |")
+            lines.append("| " + " | ".join(plain(cell) or " " for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -211,6 +223,7 @@ def draw_figures(result, folder):
     except ImportError:
         print("no figures: pip install matplotlib draws them", file=sys.stderr)
         return []
+    matplotlib.rcParams["text.parse_math"] = False           # a $ in somebody's edit type is a dollar
     arms, files = result["arms"], []
     base, K = next(iter(arms.values())), len(next(iter(arms.values()))["O"])
 
@@ -399,7 +412,7 @@ def describe_dialogue(arms, task, row):
         marks = ["unknown" if verdict is None else "ok" if verdict else "no" for verdict in good]
         images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in scores.pictures(row)]
         source, *after = [inline(image, 256) for image in images]
-        found["arms"].append({"name": arm, "outcome": " ".join(outcome), "turns": list(zip(after, marks))})
+        found["arms"].append({"name": arm, "outcome": "\n".join(outcome), "turns": list(zip(after, marks))})
         found |= {"source": source, "small": images[0].width <= 96}
     return found
 
@@ -411,15 +424,21 @@ def read_evaluation(out):
     record = data.read_json(out / "settings.json")
     if "judge" not in record:
         raise ValueError(f"{out} holds pictures without scores: run eval.py with --judge")
-    settings = evaluation.Settings(**record["settings"])
+    try:
+        data.check_settings(evaluation.Settings, record["settings"], out / "settings.json")
+        settings = evaluation.Settings(**record["settings"])
+        fingerprint, names = record["judge"]["fingerprint"], [str(name) for name in record["judge"]["names"]]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{out / 'settings.json'} is not what eval.py writes: {data.one_line(error)}") from None
     tasks = data.load(settings.data, settings.split, settings.turns, settings.resolution, settings.tasks)
-    evaluation.refuse_other(record["made_of"], evaluation.made_of_tasks(tasks, settings.turns), out)
+    made_of = data.read_made_of(out / "settings.json")
+    evaluation.refuse_other(made_of, evaluation.made_of_tasks(tasks, settings.turns), out)
     arms = {}
     for arm in ("base", *settings.lora):
         folder = out / "arms" / arm
         plan = evaluation.make_plan(tasks, settings.turns, settings.seeds, settings.probes, folder)
-        evaluation.read_scores(folder, record["judge"]["fingerprint"], plan)
-        arms[arm] = evaluation.collect(plan, record["judge"]["names"])
+        evaluation.read_scores(folder, fingerprint, plan)
+        arms[arm] = evaluation.collect(plan, names)
     return settings, arms, tasks
 
 

@@ -2,11 +2,13 @@
 import contextlib
 import functools
 import io
+import os
 import runpy
 import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 
 import data
@@ -214,6 +216,24 @@ class Judge(reward.Judge):
         return self.edit(r, tasks, k) if self.edit else r
 
 
+def record_disk(monkeypatch):
+    """A list that os.fsync and os.replace fill: ("fsync", path) and ("replace", from, to), in order."""
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def noted_fsync(handle):
+        calls.append(("fsync", os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def noted_replace(source, target):
+        calls.append(("replace", str(source), str(target)))
+        replace(source, target)
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("what a file handle belongs to is read in /proc, which is not here")
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    return calls
+
+
 def run_script(name, *argv):
     """`python NAME ARGV...` in this process, without the seconds of its imports -> (exit code, stdout, stderr)."""
     out, err, before = io.StringIO(), io.StringIO(), sys.argv
@@ -232,5 +252,5 @@ def refused(name, *argv):
     """Run a script that must refuse: exit code 2 and one clear line on stderr, which is returned."""
     code, out, err = run_script(name, *argv)
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "Loading" not in line]
-    assert code == 2 and len(lines) == 1 and lines[0].startswith(f"{name}: "), (code, out, err)
+    assert code == 2 and len(lines) == 1 and lines[0].startswith(f"{Path(name).name}: "), (code, out, err)
     return lines[0]

@@ -326,6 +326,7 @@ def test_a_script_ends_in_one_line(monkeypatch, capsys, raised, code, line):
         raise raised
 
     monkeypatch.setattr(sys, "argv", ["/somewhere/a.py"])
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as stop:
         data.run_main(main)
     assert (stop.value.code, *capsys.readouterr()) == (code, "", line + "\n")
@@ -335,6 +336,7 @@ def test_sigterm_ends_a_script_in_one_line_too(monkeypatch, capsys):
     """Catches: a closing table or an evaluation that a scheduler ends without a word; a handler that stays behind."""
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(sys, "argv", ["/somewhere/a.py"])
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as stop:
         data.run_main(lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(9))
     assert (stop.value.code, *capsys.readouterr()) == (143, "", "a.py: interrupted by SIGTERM\n")

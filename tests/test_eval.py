@@ -948,6 +948,8 @@ IMPOSSIBLE = {      # what is typed (RUN and TMP are folders), what the one line
     "no turns": ("--model EDITOR --turns 0", "--turns 0.*at least 1"),
     "negative steps": ("--model EDITOR --denoise -2", "--denoise -2.*at least 1"),
     "guidance that is no number": ("--model EDITOR --guidance nan", "--guidance nan.*finite number"),
+    "guidance of an editor without": ("--model EDITOR --guidance 9", "--guidance 9.0 has no effect.*EDITOR takes none"),
+    "pictures of 10 gigapixels": ("--model EDITOR --data x.jsonl --resolution 100000", "100000 must be at most 4096"),
     "infinite guidance": ("--model EDITOR --guidance inf", "--guidance inf.*finite number"),
     "unknown split": ("--model EDITOR --split dev", "dev.*train.*val.*test"),
     "a stage": ("generate --model EDITOR", "unrecognized arguments.*generate"),
@@ -973,7 +975,8 @@ IMPOSSIBLE = {      # what is typed (RUN and TMP are folders), what the one line
 def test_bad_input_is_refused_in_one_line_and_nothing_is_written(case, run, tmp_path, monkeypatch):
     """Catches: a traceback, a default taken in silence, an editor or a judge loaded before a typing error is told."""
     words, expected = IMPOSSIBLE[case]
-    if case not in ("lora of another family", "no judge", "a rubric for the exact judge"):
+    loading = ("lora of another family", "no judge", "a rubric for the exact judge", "guidance of an editor without")
+    if case not in loading:
         monkeypatch.setattr(model, "load", None)
         monkeypatch.setattr(reward, "load", None)
     (tmp_path / "empty").mkdir()

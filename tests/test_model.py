@@ -1,6 +1,5 @@
 """model.py against diffusers itself: the same latents, the same pictures, LoRA files that load and have an effect."""
 import math
-import os
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import model
-from fixtures import ROOT, editor_folder, load_pipe, make_tasks, move, new_editor, resized
+from fixtures import ROOT, editor_folder, load_pipe, make_tasks, move, new_editor, record_disk, resized
 from rollout import draw_noise, rollout, stack_images
 
 SIZES = pytest.mark.parametrize("size", [(48, 48), (32, 64)], ids=lambda size: "%dx%d" % size)
@@ -526,13 +525,17 @@ def test_what_cannot_be_written_is_an_oserror_and_leaves_the_file_as_it_was(tmp_
 
 
 def test_a_file_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
-    """Catches: a rename that survives a power cut while the bytes do not: an empty file where a good one was."""
-    editor, calls = new_editor(4, moved=.1), []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: calls.append(name) or real(*args))
-    model.save_weights(editor, tmp_path)
-    assert calls == ["fsync", "replace"]
+    """Catches: a rename that survives a power cut while the bytes do not: an empty file where a good one was; a file
+    whose name, or whose new folder, is gone after one although it was written."""
+    calls = record_disk(monkeypatch)
+    model.save_weights(new_editor(4, moved=.1), tmp_path)
+    temporary, file = (str(tmp_path / name) for name in (model.LORA_FILE + ".tmp", model.LORA_FILE))
+    assert calls == [("fsync", temporary), ("replace", temporary, file), ("fsync", str(tmp_path))]
+    del calls[:]
+    file = tmp_path / "new" / "folder" / "file"
+    model.write_whole(file, lambda path: path.write_text("whole"))
+    assert calls[:2] == [("fsync", f"{file}.tmp"), ("replace", f"{file}.tmp", str(file))]
+    assert calls[2:] == [("fsync", str(folder)) for folder in (file.parent, file.parent.parent, tmp_path)]
 
 
 def test_a_transformer_of_another_model_is_refused(tmp_path):

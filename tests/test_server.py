@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -261,6 +262,32 @@ def test_a_key_of_a_few_letters_does_not_change_the_answers(monkeypatch):
         assert scores(reward.load(server.spec, reasoning="direct"), prompts(2)).tolist() == pytest.approx([1 / 9] * 2)
 
 
+def test_the_key_is_in_no_file_and_no_line_of_a_run(few_tasks, tmp_path, monkeypatch):
+    """A key in config.json, a checkpoint, the scores or the report, which people pass on; in the words of a server that
+    refuses, which a run prints; at another server, which this one names."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    spoilt = {5: 401, 9: f"3 for {KEY}", 12: {"message": KEY}}
+    with Server() as other, Server() as server:
+        place = f"http://127.0.0.1:{other.server_port}/v1/models"
+        spoilt[7] = f"HTTP/1.0 302 Moved\r\nLocation: {place}\r\n\r\n".encode()
+        # not the question that is asked when a judge is loaded
+        server.spoil = lambda body, digit, n: spoilt.get(n % 16) if body["pictures"][0].shape[2] != 64 else None
+        said = [run_script("train.py", *small_run(tmp_path / "run", server.spec, judge_workers=1, steps=2, val_tasks=2))]
+        said.append(run_script("eval.py", "--model", editor_folder(), "--lora", tmp_path / "run", "--judge", server.spec,
+                               "--reasoning", "direct", "--turns", 2, "--denoise", 2, "--probes", 2, "--out",
+                               tmp_path / "run" / "eval"))
+        server.spoil = lambda body, digit, n: 401 if body["pictures"][0].shape[2] != 64 else None
+        said.append(run_script("train.py", *small_run(tmp_path / "late", server.spec)))
+        assert [code for code, _, _ in said] == [0, 0, 2] and "no 401 for ***" in said[2][2]
+        assert all(headers["Authorization"] == f"Bearer {KEY}" for headers in server.headers) and other.headers
+        assert not [headers for headers in other.headers if KEY in str(headers)]
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {"config.json", "metrics.jsonl", "step_000002.pt", "validation.json", "settings.json", "scores.jsonl",
+            "report.html", "results.json"} <= {file.name for file in files}
+    assert not [file for file in files if KEY.encode() in file.read_bytes()]
+    assert KEY not in repr(said)
+
+
 # ------------------------------------------------------------------------------------------------------ what goes wrong
 
 def half(body, digit, n):
@@ -414,6 +441,39 @@ def test_the_exact_judge_looks_on(few_tasks, tmp_path):
         assert row["reward/following"] == row["reward/following_turn2"] == 1
         assert {"referee/following", "referee/consistency", "referee/success", "referee/success_turn2"} <= set(row)
         assert row["referee/following"] < 1 and row["group_std/following"] == 0
+
+
+@pytest.mark.parametrize("script", ["reward.py", "eval.py", "train.py"])
+def test_ctrl_c_ends_a_script_whose_server_is_silent(script, tmp_path):
+    """Catches: a program that is told to end, and waits for minutes until its server's time is up; a traceback; the
+    first Ctrl-C in training without a word, so that it looks as if it had not been heard."""
+    Image.new("RGB", (48, 48)).save(tmp_path / "a.png")
+    answer, arrived = threading.Event(), threading.Event()
+    with Server(lambda *_: arrived.set() or answer.wait(60) and None) as server:
+        words = {"reward.py": ["--judge", server.spec, "--reasoning", "direct", *[tmp_path / "a.png"] * 2, "Nothing"],
+                 "eval.py": ["--model", editor_folder(), "--judge", server.spec, "--reasoning", "direct", "--tasks", 2,
+                             "--turns", 1, "--denoise", 1, "--probes", 0, "--out", tmp_path / "out"],
+                 "train.py": small_run(tmp_path / "out", server.spec, referee="none")}[script]
+        process = subprocess.Popen([sys.executable, ROOT / script, *map(str, words)], stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
+        try:
+            assert arrived.wait(120), "the server was never asked"
+            time.sleep(.3)
+            process.send_signal(signal.SIGINT)
+            if script == "train.py":
+                time.sleep(.5)
+                assert process.poll() is None, "the step was not waited for"
+                process.send_signal(signal.SIGINT)
+            start = time.perf_counter()
+            _, err = process.communicate(timeout=30)
+            assert time.perf_counter() - start < 10
+        finally:
+            process.kill()
+            answer.set()
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
+    assert process.returncode == 130 and "Traceback" not in err, err
+    told = "SIGINT: the step is finished and saved first; once more ends the run at once"
+    assert lines[-1] == f"{script}: interrupted by SIGINT" if script != "train.py" else told in lines, err
 
 
 def test_scoring_the_trajectory_costs_one_call_and_reaches_every_turn(few_tasks, tmp_path):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import model
 import reward
 import train
-from fixtures import ROOT, Judge, editor_folder, make_tasks, move, new_editor, refused, run_script
+from fixtures import ROOT, Judge, editor_folder, make_tasks, move, new_editor, record_disk, refused, run_script
 from grpo import grpo_loss, sde_step
 from nft import nft_loss, noised
 from rollout import rollout, select
@@ -764,6 +764,50 @@ def test_a_signal_ends_the_run_after_its_step_and_resume_goes_on(number, tmp_pat
     assert without_seconds(metrics(tmp_path / "a")) == without_seconds(metrics(tmp_path / "b"))
 
 
+def test_a_power_cut_finds_every_file_whole_and_every_line_that_a_checkpoint_counts_on(tmp_path, judge, monkeypatch):
+    """Catches: a checkpoint whose name is on the disk before its bytes, or never; one of step 2 whose metrics end at
+    step 1, so that a later resume takes the lines of other steps for those; a validation.json that is half written."""
+    out, calls = tmp_path / "run", record_disk(monkeypatch)
+    train.main(config(out, steps=2, save_every=1, val_tasks=2))
+    replaced = [Path(call[2]) for call in calls if call[0] == "replace"]
+    names = [str(file.relative_to(out)) for file in replaced]
+    saved = [[model.LORA_FILE, f"checkpoint/step_{step:06d}.pt"] for step in range(3)]
+    assert names == [*saved[0], "config.json", *saved[1], *saved[2], "validation.json"]
+    for file in replaced:
+        i = calls.index(("replace", f"{file}.tmp", str(file)))
+        assert calls[i - 1] == ("fsync", f"{file}.tmp") and ("fsync", str(file.parent)) in calls[i + 1:i + 4]
+    noted = [i for i, call in enumerate(calls) if call == ("fsync", str(out / "metrics.jsonl"))]
+    for step, i in enumerate(noted, 1):
+        file = out / "checkpoint" / f"step_{step:06d}.pt"
+        assert i < calls.index(("replace", f"{file}.tmp", str(file)))
+        assert ("fsync", str(out)) in calls[i:]                  # the name of metrics.jsonl
+    assert len(noted) == 2
+    del calls[:]
+    train.main(config(out, steps=2, save_every=1, val_tasks=2, resume=True))
+    assert ("replace", str(out / "metrics.jsonl.tmp"), str(out / "metrics.jsonl")) in calls
+
+
+def test_a_file_that_is_no_checkpoint_is_neither_the_newest_nor_an_old_one(tmp_path, judge):
+    """Catches: a copy that somebody keeps as step_zzz.pt or step_best.pt, which a run then goes on from; one that
+    counts among the two that are kept, or is deleted; step 1,000,000 taken for an older one than 999,999."""
+    train.main(config(tmp_path / "a", steps=3, save_every=1))
+    train.main(config(tmp_path / "b", steps=1, save_every=1))
+    folder = tmp_path / "b" / "checkpoint"
+    strays = [folder / name for name in ("step_zzz.pt", "step_best.pt", "step_2 (copy).pt", "step_.pt", "step_000009.pt.tmp")]
+    for file in strays:
+        file.write_bytes((folder / "step_000000.pt").read_bytes())
+    train.main(config(tmp_path / "b", steps=3, save_every=1, resume=True))
+    assert all(file.exists() for file in strays)
+    assert [file.name for file in train.checkpoints(tmp_path / "b")] == ["step_000002.pt", "step_000003.pt"]
+    assert (tmp_path / "a" / model.LORA_FILE).read_bytes() == (tmp_path / "b" / model.LORA_FILE).read_bytes()
+    assert without_seconds(metrics(tmp_path / "a")) == without_seconds(metrics(tmp_path / "b"))
+    (folder / "step_1000000.pt").touch(), (folder / "step_999999.pt").touch()
+    assert [file.name for file in train.checkpoints(tmp_path / "b")][2:] == ["step_999999.pt", "step_1000000.pt"]
+    for file in train.checkpoints(tmp_path / "b"):
+        file.unlink()
+    assert "holds no checkpoint" in refused("train.py", *flags(tmp_path / "b", steps=5, save_every=1, resume=True))
+
+
 def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path, judge, capsys):
     """Catches: a traceback of torch.load, or a run that starts again at step 0 without a word."""
     train.main(config(tmp_path / "a", steps=4, save_every=1))
@@ -926,6 +970,7 @@ IMPOSSIBLE = {      # what is typed, what the one line must say
     "infinity": (dict(lr="inf"), "--lr inf .*finite"),
     "not a number": (dict(ema="nan"), "--ema nan .*finite"),
     "samples that would all be equal": (dict(algo="nft", shared_noise="true"), "--shared-noise True .*equal"),
+    "pictures of 10 gigapixels": (dict(data="x.jsonl", resolution=100000), "--resolution 100000 must be at most 4096"),
     "no data": (dict(data="/nowhere.jsonl"), "/nowhere.jsonl.*no such file"),
     "no editor": (dict(model="/nowhere"), "/nowhere.*no editor"),
     "no lora": (dict(lora="/nowhere", lora_rank=None, lora_alpha=None), "/nowhere"),
