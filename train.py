@@ -606,6 +606,7 @@ def interruptible():
     caught = []
 
     def note(number, frame):
+        data.leave_if_another_died(number)
         if caught:
             os._exit(128 + number)
         caught.append(number)
