@@ -580,7 +580,7 @@ def shard(editor):
         raise ValueError("--shard spreads what is frozen, and here the whole transformer is trained: train a LoRA")
     for p in lora:
         p.data = p.data.to(editor.device)
-    editor.copy_weights("ref", "old", "ema")
+    editor.sets = {name: [value.to(editor.device) for value in values] for name, values in editor.sets.items()}
 
     # Each block is moved to the device and cut before the next one: it never holds all of them.
     mesh = dist.init_device_mesh(editor.device.type, (dist.get_world_size(),))

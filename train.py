@@ -362,7 +362,8 @@ def update(editor, trajectory, A, used, optimizer, cfg, step, share):
                 counts = used[rows, k].float().to(device)
                 for loss, info in TERMS[cfg.algo](editor, trajectory, rows, k, A[rows, k].to(device), keys, cfg):
                     ((loss * counts).sum() / (n * cfg.window)).backward()
-                    largest = torch.maximum(largest, info.pop("ratio_deviation", largest).max())
+                    deviation = info.pop("ratio_deviation", largest) * counts
+                    largest = torch.maximum(largest, deviation.max())
                     for name, value in (info | {"loss": loss.detach()}).items():
                         sums[name] += (value * counts).sum()
         if has_ratio:
@@ -749,6 +750,7 @@ def load_editor(cfg, device, sizes):
     else:
         model.add_lora(editor, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
     if cfg.shard:
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")         # nothing writes into it
         model.shard(editor)
     return editor, torch.optim.AdamW(editor.trained.values(), cfg.lr, weight_decay=WEIGHT_DECAY)
 
