@@ -587,7 +587,8 @@ def shard(editor):
     stacks = [child for child in transformer.children() if isinstance(child, nn.ModuleList)]
     for block in [block for stack in stacks for block in stack]:
         fully_shard(block, mesh=mesh, ignored_params=lora)
-    fully_shard(transformer, mesh=mesh, ignored_params=lora, reshard_after_forward=True)      # what is around the blocks
+    # last, what lies around the blocks
+    fully_shard(transformer, mesh=mesh, ignored_params=lora, reshard_after_forward=True)
     editor.sharded = True
     return editor
 

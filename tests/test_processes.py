@@ -185,7 +185,7 @@ for family in ("kontext", "klein", "qwen"):
                     v_ref = velocity()
                 ((v - v_ref).square().mean() + v.mean()).backward()
         got.append([v.detach(), v_ref] + [p.grad for p in editor.trained.values() if p.grad is not None])
-    assert len(got[0]) == len(got[1]) > 20 and all(p.any() for p in got[0])
+    assert len(got[0]) == len(got[1]) and sum(p.any().item() for p in got[0]) > 20
     assert all(torch.equal(a, b) for a, b in zip(*got)), family
 dist.barrier()
 """
