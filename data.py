@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import time
 import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import field, fields
@@ -27,6 +28,7 @@ VAL_TASKS = 16         # of a file, the last so many (at most a fifth, at least 
 SHAPES_TASKS = 4096    # of the embedded world, which has no end
 MULTIPLE = 16          # of every supported editor: 8 pixels of its VAE, 2 x 2 patches
 ASPECTS = ("1:2", "9:16", "2:3", "3:4", "4:5", "1:1", "5:4", "4:3", "3:2", "16:9", "2:1")     # width : height
+PATIENCE = 5           # seconds that torchrun has to end a process which another one has left alone
 
 
 def load(spec, split="train", K=3, resolution=512, limit=None):
@@ -320,24 +322,76 @@ def one_line(error):
 
 
 def run_main(main):
-    """Run a script. What its user can cause is one line on stderr and exit code 2; Ctrl-C 130 and SIGTERM 143."""
+    """Run a script. What its user can cause is one line on stderr and exit code 2; Ctrl-C 130 and SIGTERM 143.
+
+    Of several processes the one that fails says why, and torchrun ends the others, which say nothing.
+    """
     caught = [signal.SIGINT]
 
     def interrupt(number, frame):
+        leave_if_another_died(number)
         caught.append(number)
         raise KeyboardInterrupt
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        message = f"interrupted by {signal.Signals(caught[-1]).name}" if interrupted else one_line(error)
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
-        if interrupted:
-            with suppress(OSError):
-                sys.stdout.flush()
-            # not sys.exit: it waits for threads, and a judge's may wait for its server for minutes
-            os._exit(128 + caught[-1])
+    except (ValueError, OSError) as error:
+        last_words(one_line(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        last_words(f"interrupted by {signal.Signals(caught[-1]).name}")
+        with suppress(OSError):
+            sys.stdout.flush()
+        # not sys.exit: it waits for threads, and a judge's may wait for its server for minutes
+        os._exit(128 + caught[-1])
+    except Exception as error:
+        if not lost_connection(error):
+            tell_torchrun(f"{type(error).__name__}: {one_line(error)}")
+            raise
+        # Another one ended, and has said why. torchrun ends this one at once, if both are on the same machine.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE)
+        last_words("a process on another machine has ended, or cannot be reached: look at what it said")
         sys.exit(2)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def last_words(message):
+    """A line on stderr, and in torchrun's report, that says why this process ends."""
+    message = f"{Path(sys.argv[0]).name}: {message}"
+    # below the progress bar, which may be that of another process
+    print("\n" * (processes_here() > 1) + message, file=sys.stderr, flush=True)
+    tell_torchrun(message)
+
+
+def tell_torchrun(message):
+    """Leave a message for the end of the report that torchrun prints when one of its processes has failed."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": content}))
+
+
+def lost_connection(error):
+    """Is it an error of a collective, because another process has ended?"""
+    from torch.distributed import DistError
+    return isinstance(error, DistError) or "/gloo/" in str(error)
+
+
+def processes_here():
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def leave_if_another_died(number):
+    """End at once if torchrun sent the signal because another of its processes has died: no step can be finished.
+
+    Seen where the system lists a process's children, as Linux does. Elsewhere torchrun kills after 30 seconds.
+    """
+    parent = os.getppid()
+    listed = Path(f"/proc/{parent}/task/{parent}/children")
+    children = listed.read_text().split() if listed.exists() else []
+    if str(os.getpid()) in children and len(children) < processes_here():
+        os._exit(128 + number)

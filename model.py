@@ -49,8 +49,9 @@ class Editor:
     memory_format = torch.channels_last          # of pictures: convolutions run several times faster on CPUs
     video = False                                # is the VAE one for video?
     fast = False                                 # let a CPU multiply in bfloat16: training that ends where it did
+    sharded = False                              # has shard() spread the frozen weights over the processes?
 
-    def __init__(self, pipe, device, guidance=None, offload=False, max_text=None):
+    def __init__(self, pipe, device, guidance=None, offload=False, max_text=None, shard=False):
         self.pipe, self.device, self.offload = pipe, torch.device(device), offload
         self.transformer, self.vae, self.scheduler = pipe.transformer, pipe.vae, pipe.scheduler
         self.encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part]
@@ -64,7 +65,8 @@ class Editor:
 
         for part in (self.transformer, self.vae, *self.encoders):
             part.requires_grad_(False)
-            part.to("cpu" if offload and part in self.encoders else self.device)
+            waits = shard if part is self.transformer else offload and part in self.encoders
+            part.to("cpu" if waits else self.device)
         self.vae.to(memory_format=self.memory_format)
         if self.device.type == "cuda":
             self.transformer.enable_gradient_checkpointing()
@@ -232,7 +234,9 @@ class Editor:
                 layer.merged = None
 
     def lora_layers(self):
-        """Its Linears with LoRA whose weight is float32."""
+        """Its Linears with LoRA whose weight is float32, and here as a whole."""
+        if self.sharded:
+            return []
         layers = [module for module in self.transformer.modules() if isinstance(module, LoRALinear)]
         return [layer for layer in layers if layer.base.weight.dtype == torch.float32]
 
@@ -374,11 +378,12 @@ FAMILIES = {"FluxKontextPipeline": KontextEditor, "Flux2KleinPipeline": KleinEdi
 
 # ------------------------------------------------------------------------------------------------------------ loading
 
-def load(path, device="cpu", dtype=None, guidance=None, offload=False):
+def load(path, device="cpu", dtype=None, guidance=None, offload=False, shard=False):
     """Load an editor from a diffusers folder or hub id. ValueError if it is none, not whole, or of another family.
 
     `dtype` None: float32 on a CPU and for small models (a transformer under 1 GB of files), else bfloat16.
-    `guidance` None: the family's own. `offload`: text encoders are on the device only while they work.
+    `guidance` None: the family's own. `offload`: text encoders are on the device only while they work. `shard`: the
+    transformer waits on the CPU for shard().
     """
     if guidance is not None and not 0 <= guidance < math.inf:
         raise ValueError(f"--guidance {guidance} is no finite number from 0 up")
@@ -386,7 +391,7 @@ def load(path, device="cpu", dtype=None, guidance=None, offload=False):
         pipe = load_pipeline(path, dtype, torch.device(device).type == "cpu")
     except Exception as error:                       # diffusers and transformers raise many kinds, of many lines
         raise ValueError(f"--model {path} is no editor that can be loaded: {first_line(error)}") from error
-    editor = FAMILIES[type(pipe).__name__](pipe, device, guidance, offload)
+    editor = FAMILIES[type(pipe).__name__](pipe, device, guidance, offload, shard=shard)
     without = editor.negative is None and not editor.transformer.config.guidance_embeds
     # Kontext's is train.py's default, which nobody typed
     if without and guidance not in (None, KontextEditor.guidance):
@@ -575,6 +580,32 @@ def wrap(editor, name, rank, alpha, generator=None):
     setattr(parent, child, module)
     editor.trained |= {f"{name}.A": module.A, f"{name}.B": module.B}
     return module
+
+
+def shard(editor):
+    """Spread the frozen weights of the transformer over the processes of torchrun; LoRA stays whole on each.
+
+    The weights of a block are gathered when it computes, forward and backward, and let go after it. So from now on all
+    processes must make the same forwards. ValueError if nothing is frozen.
+    """
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    transformer, lora = editor.transformer, set(editor.trained.values())
+    if lora == set(transformer.parameters()):
+        raise ValueError("--shard spreads what is frozen, and here the whole transformer is trained: train a LoRA")
+    for p in lora:
+        p.data = p.data.to(editor.device)
+    editor.sets = {name: [value.to(editor.device) for value in values] for name, values in editor.sets.items()}
+
+    # Each block is moved to the device and cut before the next one: it never holds all of them.
+    mesh = dist.init_device_mesh(editor.device.type, (dist.get_world_size(),))
+    stacks = [child for child in transformer.children() if isinstance(child, nn.ModuleList)]
+    for block in [block for stack in stacks for block in stack]:
+        fully_shard(block, mesh=mesh, ignored_params=lora)
+    # last, what lies around the blocks
+    fully_shard(transformer, mesh=mesh, ignored_params=lora, reshard_after_forward=True)
+    editor.sharded = True
+    return editor
 
 
 def lora_key(name, letter):

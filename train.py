@@ -65,6 +65,7 @@ class Config:
     model: str = option("shapes/editor", "a diffusers folder or hub id", group="the editor")
     guidance: float = option(2.5, "guidance scale in rollout, update and evaluation alike", low=0)
     offload: bool = option(False, "text encoders are on the GPU only while they work; costs seconds a turn")
+    shard: bool = option(False, "spread the frozen base over the processes; each gathers it block by block")
     lora: str = option("", "LoRA to start from: a file or folder in diffusers' layout; empty = a fresh one")
     lora_rank: int = option(64, "rank of a fresh LoRA; 0 = train the whole transformer", low=0)
     lora_alpha: int = option(64, "its scale is alpha / rank", above=0)
@@ -313,17 +314,17 @@ TERMS = {"grpo": grpo_terms, "nft": nft_terms}
 LOGGED = {"grpo": ["loss", "log_ratio", "clip_fraction"], "nft": ["loss", "old_distance"]}
 
 
-def micro_batches(part, used, K, micro, whole):
+def micro_batches(part, used, needed, K, micro, whole):
     """(rows, turn) of one update, as many in a forward as in the rollout; samples that are not used are left out.
 
-    `whole`: a forward is left out as a whole or not at all.
+    `needed`: those for which a forward is made, here or in another process that this one must keep up with: used ones
+    at least. `whole`: a forward is left out as a whole or not at all.
     """
     for batch in part.split(micro):
         for k in range(K):
             keep = used[batch, k]
-            rows = batch if whole and keep.any() else batch[keep]
-            if len(rows):
-                yield rows, k
+            if needed[batch, k].any():
+                yield batch if whole or not keep.any() else batch[keep], k
 
 
 def update(editor, trajectory, A, used, optimizer, cfg, step, share):
@@ -338,6 +339,11 @@ def update(editor, trajectory, A, used, optimizer, cfg, step, share):
     # A ratio must start at 1, and in bfloat16 a batch of another size may compute another log-probability.
     has_ratio = "log_ratio" in names
     whole = has_ratio and editor.transformer.dtype != torch.float32
+    # All processes gather a sharded base together: each makes the forwards that any of them needs.
+    needed = used.to(device).int()
+    if cfg.shard:
+        dist.all_reduce(needed, dist.ReduceOp.MAX)
+    needed = needed.cpu()
     for settings in optimizer.param_groups:
         settings["lr"] = cfg.lr * min(1, step / WARMUP)
 
@@ -352,12 +358,13 @@ def update(editor, trajectory, A, used, optimizer, cfg, step, share):
         sums = {name: torch.zeros((), device=device) for name in names}
         largest = torch.zeros((), device=device)
         with editor.merged():
-            for rows, k in micro_batches(part, used, cfg.turns, share.micro, whole):
+            for rows, k in micro_batches(part, used, needed, cfg.turns, share.micro, whole):
                 keys = [(cfg.seed, step, share.tasks[s // cfg.group], s % cfg.group) for s in rows.tolist()]
                 counts = used[rows, k].float().to(device)
                 for loss, info in TERMS[cfg.algo](editor, trajectory, rows, k, A[rows, k].to(device), keys, cfg):
                     ((loss * counts).sum() / (n * cfg.window)).backward()
-                    largest = torch.maximum(largest, info.pop("ratio_deviation", largest).max())
+                    deviation = info.pop("ratio_deviation", largest) * counts
+                    largest = torch.maximum(largest, deviation.max())
                     for name, value in (info | {"loss": loss.detach()}).items():
                         sums[name] += (value * counts).sum()
         if has_ratio:
@@ -572,7 +579,7 @@ def check_out(cfg):
             raise ValueError(f"--resume: {out / 'checkpoint'} holds no checkpoint; nothing was changed")
 
 
-FREE = {"steps", "resume", "out", "save_every", "judge_workers"}                 # may differ on --resume
+FREE = {"steps", "resume", "out", "save_every", "judge_workers", "shard"}        # may differ on --resume
 
 
 def same_as_before(before, now, out):
@@ -618,6 +625,7 @@ def interruptible(loud=True):
     caught = []
 
     def note(number, frame):
+        data.leave_if_another_died(number)
         if caught:
             os._exit(128 + number)
         caught.append(number)
@@ -633,15 +641,21 @@ def interruptible(loud=True):
             signal.signal(number, handler)
 
 
-def closing_table(editor, judge, val, cfg):
-    """Base against tuned on the validation tasks, same noise: validation.json, a contact sheet, a table."""
-    out, arms = Path(cfg.out), {}
+def closing_table(run, cfg):
+    """Base against tuned on the validation tasks, same noise: validation.json, a contact sheet, a table.
+
+    By rank 0. Where the base is spread over the processes, the others make the same pictures, and judge nothing.
+    """
+    out, arms, editor, val, first = Path(cfg.out), {}, run.editor, run.val, run.share.rank == 0
+    judge = run.referee or run.judge if first else None
     before = "start" if cfg.lora else "base"                 # with --lora, training did not start from the base
     editor.fast = False                                      # in float32, as eval.py
     for arm, name in ((before, "ref"), ("tuned", "ema")):
         with editor.using(name):
             arms[arm] = evaluation.evaluate(editor, judge, val, cfg.turns, cfg.eval_denoise, batch=cfg.micro or 100,
-                                            desc=f"validate {arm}")
+                                            desc=f"validate {arm}", progress=first)
+    if not first:
+        return
     result = evaluation.summarise(arms, val)
     text = json.dumps(result, indent=1, allow_nan=False)
     model.write_whole(out / "validation.json", lambda path: path.write_text(text))
@@ -652,7 +666,7 @@ def closing_table(editor, judge, val, cfg):
 def finish(run, cfg, step, stop):
     """The closing table and a last line; or, after a signal, how to go on."""
     if run.val and not stop:
-        closing_table(run.editor, run.referee or run.judge, run.val, cfg)
+        closing_table(run, cfg)
     if run.share.world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -692,7 +706,7 @@ def divide(cfg, rank, world):
 
 
 def load_tasks(cfg, rank):
-    """Training tasks by picture size, {(height, width): tasks}, and the validation tasks of rank 0."""
+    """Training tasks by picture size, {(height, width): tasks}, and the validation tasks of the closing table."""
     tasks = data.load(cfg.data, "train", cfg.turns, cfg.resolution)
     if len(tasks) < cfg.tasks:
         raise ValueError(f"--tasks {cfg.tasks} is more than the {len(tasks)} training tasks of {cfg.data}")
@@ -700,9 +714,9 @@ def load_tasks(cfg, rank):
     for task in tasks:
         by_size.setdefault(task.size, []).append(task)
     val = []
-    if cfg.val_tasks and rank == 0:
+    if cfg.val_tasks and (rank == 0 or cfg.shard):
         val = data.load(cfg.data, "val", cfg.turns, cfg.resolution, cfg.val_tasks)
-        if not val:
+        if not val and rank == 0:
             print(f"{cfg.data} has a single task: none is left for validation", file=sys.stderr, flush=True)
     return by_size, val
 
@@ -740,7 +754,7 @@ def reward_weights(cfg, judge):
 
 def load_editor(cfg, device, sizes):
     """The editor with what is trained of it, and its optimizer."""
-    editor = model.load(cfg.model, device, guidance=cfg.guidance, offload=cfg.offload)
+    editor = model.load(cfg.model, device, guidance=cfg.guidance, offload=cfg.offload, shard=cfg.shard)
     editor.fast = cfg.bf16 and model.multiplies_in_bfloat16(device)
     warnings.filterwarnings("ignore", "Mismatch dtype")      # autocast leaves a norm's few weights in float32
     for size in sizes:
@@ -749,6 +763,9 @@ def load_editor(cfg, device, sizes):
         model.load_weights(editor, cfg.lora)
     else:
         model.add_lora(editor, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
+    if cfg.shard:
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")         # nothing writes into it
+        model.shard(editor)
     return editor, torch.optim.AdamW(editor.trained.values(), cfg.lr, weight_decay=WEIGHT_DECAY)
 
 
@@ -777,7 +794,7 @@ class Run(NamedTuple):
     referee: object                  # or None
     weights: list                    # of the judge's rewards
     tasks_by_size: dict
-    val: list                        # validation tasks, on rank 0
+    val: list                        # validation tasks, where the closing table needs them
     editor: model.Editor
     optimizer: torch.optim.Optimizer
     done: int                        # steps
@@ -824,6 +841,8 @@ EFFECT = {
     "judge_workers": ("a vision-language model as --judge or --referee",
                       lambda cfg: cfg.judge != "exact" or cfg.referee not in ("", "none", "exact")),
     "offload": ("a GPU", lambda cfg: not cfg.offload or torch.cuda.is_available()),
+    "shard": ("several processes of torchrun, and a LoRA",
+              lambda cfg: not cfg.shard or int(os.environ.get("WORLD_SIZE", 1)) > 1 and (cfg.lora or cfg.lora_rank)),
     "aggregate": ("--spread trajectory", lambda cfg: cfg.aggregate == "mean" or cfg.spread == "trajectory"),
     "shared_noise": ("--algo grpo: with NFT all samples of a group would be equal",
                      lambda cfg: cfg.algo == "grpo" or not cfg.shared_noise),

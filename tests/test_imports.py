@@ -91,4 +91,4 @@ def test_every_option_of_train_has_a_help_sentence():
     import train
     for f in fields(train.Config):
         assert len(f.metadata.get("help", "")) > 7, f"--{f.name} has no help sentence"
-    assert 20 < len(fields(train.Config)) <= 46
+    assert 20 < len(fields(train.Config)) <= 47          # --shard: a base that one GPU does not hold

@@ -610,7 +610,11 @@ def test_the_default_judge_is_the_shipped_one_and_the_exact_one_looks_on(tmp_pat
 def test_two_processes_are_one(end_to_end, algo):
     """Catches: noise keyed within a process, rewards gathered out of order, gradients averaged twice or not summed, and
     updates that split the step's tasks in another way."""
-    one, two = end_to_end[algo, 1][0], end_to_end[algo, 2][0]
+    assert_same_within_rounding(end_to_end[algo, 1][0], end_to_end[algo, 2][0], algo)
+
+
+def assert_same_within_rounding(one, two, algo):
+    """The metrics and the weights of two runs."""
     for a, b in zip(metrics(one), metrics(two), strict=True):
         names = [n for n in a if n.startswith(("reward/", "group_std/", "teaches/", "judge/", "advantage/", "update/"))]
         pairs = {n: (a[n], b[n]) for n in names if "ratio" not in n}          # log-ratios are mostly rounding error
@@ -1001,6 +1005,7 @@ IDLE = {      # flags without an effect on what was chosen, what the one line mu
     "workers of the exact judge": ("grpo", dict(judge_workers=2), "--judge-workers 2 .*--judge"),
     "rubric of the exact judge": ("grpo", dict(rubric="x"), "--rubric x .*--judge"),
     "offload": ("grpo", dict(offload="true"), "--offload True .*GPU"),
+    "shard": ("grpo", dict(shard="true"), "--shard True .*several processes"),
     "guidance of an editor without": ("grpo", dict(guidance=3), "--guidance 3.0 .*takes none"),
 }
 

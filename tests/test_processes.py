@@ -1,0 +1,207 @@
+"""Several processes: a base that is spread over them, two nodes, and what is left when one of them dies."""
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+import model
+import train
+from fixtures import ROOT, new_editor
+from test_train import END_TO_END, assert_same_run, assert_same_within_rounding, flags, metrics, run_python
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+START = f"""
+import os, signal, sys, time
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
+import torch
+torch.set_num_threads(1)
+import data, model, reward, train
+from fixtures import PIPES, Judge, move, tiny_editor
+judge, load, choose, plain, batch = Judge(), data.load, train.choose, train.rollout, []
+reward.load = lambda *_, **__: judge
+data.load = lambda *args: load(*args[:4], *args[4:] or [64])
+"""
+TRAIN = "data.run_main(lambda: train.main(train.parse()))\n"
+
+
+def write_script(folder, text):
+    """A script that every process runs: train.py with a cheap judge, and whatever else."""
+    file = folder / "script.py"
+    file.write_text(START + text)
+    return file
+
+
+# -------------------------------------------------------------------------------------------------- a process that dies
+
+DIES = """
+kind, out = sys.argv[1], sys.argv[2]
+del sys.argv[1:3]
+
+def rollout(*args, **more):
+    batch.append(1)
+    if len(batch) == 2 and os.environ["RANK"] == "1":
+        open(out, "w").write(str(time.time()))
+        if kind == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("the third picture cannot be read") if kind == "raised" else RuntimeError("out of memory")
+    if len(batch) == 2 and kind == "killed":
+        time.sleep(600)                            # the other one is busy with a long rollout
+    return plain(*args, **more)
+
+train.rollout = rollout
+""" + TRAIN
+
+
+@pytest.mark.parametrize("kind, words", [("raised", r"script\.py: the third picture cannot be read"),
+                                         ("crashed", "RuntimeError: out of memory"),
+                                         ("killed", r"Signal 9 \(SIGKILL\) received by PID \d+")])
+def test_a_process_that_dies_ends_all_in_seconds_and_has_the_last_word(tmp_path, kind, words):
+    """Catches: the others' stacks of collectives above or below what happened; a busy one that goes on for half a
+    minute, until torchrun kills it; a report that says where tracebacks are documented."""
+    script = write_script(tmp_path, DIES)
+    done = run_python(*TORCHRUN, script, kind, tmp_path / "died", *flags(tmp_path / "run"))
+    assert time.time() - float((tmp_path / "died").read_text()) < 15
+    assert done.returncode == 1 and "/gloo/" not in done.stderr and "interrupted" not in done.stderr
+    *_, last, rule = done.stderr.splitlines()
+    assert re.fullmatch("  traceback : " + words, last) and set(rule) == {"="}, done.stderr[-2000:]
+    # torchrun's own, and that of an error which is not the user's
+    assert done.stderr.count("Traceback") == 1 + (kind == "crashed")
+    if kind == "raised":
+        assert "\nscript.py: the third picture cannot be read\n" in done.stderr
+    assert len(metrics(tmp_path / "run")) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ two nodes
+
+SAME = END_TO_END | dict(kl=.1)
+# In the second update of two, one of two processes has nothing to train on; in the first it has one turn of two.
+UNEVEN = """
+def noted(*args):
+    batch[:] = choose(*args)
+    return batch
+
+def edit(r, tasks, k):
+    for s, task in enumerate(tasks):
+        if batch and (task is batch[2] or task is batch[0] and k == 1):
+            r[s] = .5
+    return r
+
+train.choose, judge.edit = noted, edit
+""" + TRAIN
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Both algorithms on one process: {algo: folder}."""
+    def launch(algo, folder):
+        done = run_python(write_script(folder, UNEVEN), *flags(folder / "run", algo, **SAME))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert [row["advantage/used"] for row in metrics(folder / "run")] == [5 / 8, 5 / 8]
+        return folder / "run"
+    return {algo: launch(algo, tmp_path_factory.mktemp(algo)) for algo in ("grpo", "nft")}
+
+
+def test_two_nodes_train_as_one_process(alone, tmp_path):
+    """Catches: a rank, a GPU's number or a share of the tasks that is taken from the place within the node."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = write_script(tmp_path, UNEVEN)
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+             f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", script, *flags(tmp_path / "run", **SAME)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    pipes = dict(cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    nodes = [subprocess.Popen(agent, **pipes) for _ in range(2)]
+    try:
+        said = [node.communicate(timeout=300) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert sorted("2 processes" in out for out, _ in said) == [False, True]           # rank 0 speaks for all
+    assert_same_within_rounding(alone["grpo"], tmp_path / "run", "grpo")
+
+
+# -------------------------------------------------------------------------------------------------------------- --shard
+
+@pytest.mark.parametrize("algo", ["grpo", "nft"])
+def test_a_sharded_base_trains_as_a_whole_one_does(alone, tmp_path, algo):
+    """Catches: a LoRA that is cut or moved with the base, gradients of a base that was not gathered, processes that
+    wait for ever for one that had nothing to train on or makes no closing table; another training after --resume."""
+    script = write_script(tmp_path, UNEVEN)
+
+    def launch(out, steps, *more):
+        done = run_python(*TORCHRUN, script, *flags(out, algo, **SAME | dict(shard="true", steps=steps)), *more)
+        assert done.returncode == 0, done.stderr[-3000:]
+    launch(tmp_path / "straight", 2)
+    assert_same_within_rounding(alone[algo], tmp_path / "straight", algo)
+    tables = [json.loads((out / "validation.json").read_text()) for out in (alone[algo], tmp_path / "straight")]
+    for arm in ("base", "tuned"):
+        assert tables[0]["arms"][arm]["CC"] == pytest.approx(tables[1]["arms"][arm]["CC"], abs=1e-3)
+
+    if algo == "grpo":
+        launch(tmp_path / "resumed", 1)
+        launch(tmp_path / "resumed", 2, "--resume")
+        assert_same_run(tmp_path / "straight", tmp_path / "resumed")
+
+
+FAMILIES = """
+import torch.distributed as dist
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+
+for family in ("kontext", "klein", "qwen"):
+    got = []
+    for sharded in (False, True):
+        pipe = PIPES[family]()
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.to(torch.bfloat16)
+        editor = tiny_editor(family, pipe, guidance=3., shard=sharded)
+        editor.transformer.enable_gradient_checkpointing()
+        model.add_lora(editor, 4, 8)
+        if sharded:
+            frozen = {name: p.numel() for name, p in editor.transformer.named_parameters() if name not in editor.trained}
+            model.shard(editor)
+            here = {name: p.to_local().numel() for name, p in editor.transformer.named_parameters() if name in frozen}
+            assert sum(here.values()) < .6 * sum(frozen.values()), (sum(here.values()), sum(frozen.values()))
+        move(editor, .02)
+        # other pictures on each process
+        g = torch.Generator().manual_seed(rank)
+        N, C = editor.latent_shape((64, 64))
+        x, context = torch.randn(2, N, C, generator=g), torch.randn(2, N, C, generator=g)
+        cond, index = editor.condition(["Make it red"] * 2, (255 * torch.rand(2, 3, 64, 64, generator=g)).byte())
+        cond = {name: value[index] for name, value in cond.items()}
+        velocity = lambda: editor.velocity(x, torch.full((2,), .7), cond, context, (64, 64))
+        with editor.merged():
+            for _ in range(2):
+                v = velocity()
+                with torch.no_grad(), editor.using("ref"):
+                    v_ref = velocity()
+                ((v - v_ref).square().mean() + v.mean()).backward()
+        got.append([v.detach(), v_ref] + [p.grad for p in editor.trained.values() if p.grad is not None])
+    assert len(got[0]) == len(got[1]) and sum(p.any().item() for p in got[0]) > 20
+    assert all(torch.equal(a, b) for a, b in zip(*got)), family
+dist.barrier()
+"""
+
+
+def test_a_sharded_base_gives_the_same_bits_in_every_family(tmp_path):
+    """Catches: what only real editors have: bfloat16, gradients recomputed in the backward, two forwards of true CFG,
+    a forward with other weights between forward and backward; a base of which each process still holds all."""
+    done = run_python(*TORCHRUN, write_script(tmp_path, FAMILIES))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_shard_is_refused_where_nothing_is_frozen(tmp_path, monkeypatch):
+    """Catches: a transformer that is trained, cut into pieces that no optimizer and no checkpoint knows of."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--shard True has no effect here: it needs several processes.* and a LoRA"):
+        train.parse(flags(tmp_path, shard="true", lora_rank=0, lora_alpha=None))
+    with pytest.raises(ValueError, match="--shard .* the whole transformer is trained"):
+        model.shard(new_editor(0))
