@@ -529,11 +529,11 @@ for moment in moments:
 """
 
 
-def run_python(*words):
-    """python WORDS in a process of its own, on one thread."""
+def run_python(*words, limit=900):
+    """python WORDS in a process of its own, on one thread, `limit` seconds at most."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     words = [sys.executable, *map(str, words)]
-    return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=limit)
 
 
 def test_a_kill_at_any_moment_leaves_a_run_that_resumes_to_the_same_end(tmp_path):
