@@ -188,10 +188,8 @@ def keep_pictures(group, pictures):
     """Write pictures (n, turns + 1, 3, H, W) uint8 without the sources, each file whole or not at all; or keep them."""
     for d, dialogue in zip(group, pictures):
         for picture, file in zip(dialogue[1:], d.files):
-            file.parent.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-            image.save(file.with_suffix(".tmp"), "PNG", compress_level=1)
-            os.replace(file.with_suffix(".tmp"), file)
+            model.write_whole(file, lambda path: image.save(path, "PNG", compress_level=1))
         if not d.files and d.part == "own" and d.seed == 0:
             d.pictures = dialogue
 

@@ -22,7 +22,7 @@ import model
 import reward
 import train
 from bench import report
-from fixtures import ROOT, Judge, editor_folder, make_tasks, move, new_editor, refused, run_script
+from fixtures import ROOT, Judge, editor_folder, make_tasks, move, new_editor, record_disk, refused, run_script
 from rollout import Task
 
 NAN = float("nan")
@@ -776,6 +776,18 @@ def test_pictures_that_are_there_need_no_editor_and_those_that_are_missing_are_n
     (tmp_path / "arm" / "own" / "1_turn2.png").unlink()
     with pytest.raises(ValueError, match="lacks pictures of dialogue 1"):
         evaluation.evaluate(None, judge, tasks, 2, 1, **options)
+
+
+def test_a_power_cut_leaves_no_picture_that_is_a_name_without_bytes(tmp_path, monkeypatch):
+    """Catches: an empty file that counts as a picture which is there, so that the evaluation never gets beyond it."""
+    calls = record_disk(monkeypatch)
+    evaluation.evaluate(CopyEditor(), None, make_tasks(2, K=2), 2, 1, folder=tmp_path / "arm", progress=False)
+    pictures = [str(file) for file in tmp_path.rglob("*.png")]
+    assert len(pictures) == 4
+    for file in pictures:
+        i = calls.index(("replace", f"{file}.tmp", file))
+        assert calls[i - 1] == ("fsync", f"{file}.tmp")
+        assert calls[i + 1] == ("fsync", str(tmp_path / "arm" / "own"))
 
 
 def test_pictures_may_lie_and_be_made_elsewhere(tmp_path):
