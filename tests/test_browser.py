@@ -1,4 +1,4 @@
-"""report.html in a real browser: its controls do what they say, words stay words, and nothing is asked of the network."""
+"""report.html in a real browser: its controls do what they say, words stay words, nothing is asked of the network."""
 import html
 import json
 import re

@@ -1,4 +1,4 @@
-"""Random files, answers and command lines: a value or a ValueError of one line, and never another number than is said."""
+"""Random files, answers and command lines: a value or a ValueError of one line, never another number than is said."""
 import csv
 import io
 import json
@@ -29,7 +29,7 @@ def fuzz(n):
 
 
 def value_or_line(work, *args):
-    """What work(*args) returns, or None where it refuses; any other exception, or a refusal of many lines, is a fault."""
+    """What work(*args) returns, or None where it refuses; another exception, or a refusal of many lines, is a fault."""
     try:
         return work(*args)
     except ValueError as error:
@@ -48,14 +48,16 @@ def folder():
 
 # ----------------------------------------------------------------------------------------------------------- tasks, CSV
 
-TEXT = st.text(max_size=8) | st.sampled_from(["a.png", "Add a hat", "Remove it", "color_alter", "\x00", "\u2028", "nan"])
+TEXT = st.text(max_size=8) | st.sampled_from(
+    ["a.png", "Add a hat", "Remove it", "color_alter", "\x00", "\u2028", "nan"])
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
                     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=8)
 WORDS = st.lists(TEXT | st.just("Add a hat"), min_size=1, max_size=4)
 ROW = st.fixed_dictionaries({}, optional={"image": st.just("a.png") | JSON, "instructions": WORDS | JSON,
                                           "kinds": WORDS | JSON, "other": JSON})
-GOOD_LINE = st.lists(st.text(max_size=8), min_size=3, max_size=4).map(lambda words: json.dumps(
-    {"image": "a.png", "instructions": ["Add a hat"] + [f"say {word}" for word in words], "kinds": ["x", *words]}).encode())
+GOOD_ROW = st.lists(st.text(max_size=8), min_size=3, max_size=4).map(lambda words: {
+    "image": "a.png", "instructions": ["Add a hat"] + [f"say {word}" for word in words], "kinds": ["x", *words]})
+GOOD_LINE = GOOD_ROW.map(lambda row: json.dumps(row).encode())
 LINE = st.one_of([GOOD_LINE] * 12 + [st.binary(max_size=30), (ROW | JSON).map(lambda row: json.dumps(row).encode())])
 
 
@@ -82,10 +84,11 @@ def test_any_task_file_is_tasks_or_one_line(folder, lines, K, split):
 
 COLUMNS = ["image_index", "turns", "task_type", "instructions", "format_instructions", "bg_consistency",
            "unchanged_objects", "all_objects"]
-CELL = TEXT | st.sampled_from(["3", "4", "1", "2", "True", "[]", "['x']", "['x', 'y']", "[1]", "[[]]", "[" * 300, "['a',",
-                               "[__import__('os')]", "-1", "1e9", "['Add a hat', 'Remove it']", "[b'x']", "[{}]", "[...]"])
-GOOD_ROWS = [["3", str(turn), "['x', 'y']", "['Add a hat', 'Remove it']", "['Add [hat]', 'Remove [it]']", "True", "['cat']",
-              "['cat', 'hat']"] for turn in (1, 2)]
+CELL = TEXT | st.sampled_from([
+    "3", "4", "1", "2", "True", "[]", "['x']", "['x', 'y']", "[1]", "[[]]", "[" * 300, "['a',", "[__import__('os')]",
+    "-1", "1e9", "['Add a hat', 'Remove it']", "[b'x']", "[{}]", "[...]"])
+GOOD_ROWS = [["3", str(turn), "['x', 'y']", "['Add a hat', 'Remove it']", "['Add [hat]', 'Remove [it]']", "True",
+              "['cat']", "['cat', 'hat']"] for turn in (1, 2)]
 # a good dialogue with a few cells that are other ones, or rows of any cells
 SPOILT_ROWS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 7), CELL), max_size=2).map(lambda changes: [
     [next((cell for row, column, cell in changes if (row, column) == (i, j)), good) for j, good in enumerate(line)]
@@ -100,7 +103,8 @@ def as_csv(rows):
 
 
 @fuzz(200)
-@given(content=CSV_ROWS.map(lambda rows: as_csv([COLUMNS, *rows])) | CSV_ROWS.map(as_csv) | st.binary(max_size=60), pictured=st.booleans(), K=st.integers(1, 2))
+@given(content=CSV_ROWS.map(lambda rows: as_csv([COLUMNS, *rows])) | CSV_ROWS.map(as_csv) | st.binary(max_size=60),
+       pictured=st.booleans(), K=st.integers(1, 2))
 @example(content=as_csv([COLUMNS, ["3", "1", "['x']", "[" * 100_000, "", "", "", ""]]), pictured=True, K=1)
 @example(content=as_csv([COLUMNS, *[row[:4] + [""] + row[5:] for row in GOOD_ROWS]]), pictured=True, K=1)
 @example(content=as_csv([COLUMNS, *GOOD_ROWS]), pictured=True, K=2)
@@ -124,8 +128,9 @@ def reader(reasoning):
 
 
 PIECE = st.text(max_size=6) | st.sampled_from([
-    '{"score": 7}', '{"score": 7.5}', '{"score": 11}', '"score": 3', "7", "10", "-3", "0.7", "7/9", "\uff17", "\u0667", "<think>",
-    "</think>", "\n", " ", "The score is ", "**", ".", "```", '{"why": "x", "score": 2}', '{"score": "5"}', "\u22123", "9%"])
+    '{"score": 7}', '{"score": 7.5}', '{"score": 11}', '"score": 3', "7", "10", "-3", "0.7", "7/9", "\uff17", "\u0667",
+    "<think>", "</think>", "\n", " ", "The score is ", "**", ".", "```", '{"why": "x", "score": 2}',
+    '{"score": "5"}', "\u22123", "9%"])
 
 
 @pytest.mark.parametrize("reasoning", ["direct", "think"])
@@ -160,12 +165,15 @@ def test_a_score_among_words_is_found(reasoning, score, before, after):
     assert reader(reasoning).read(text)[0] == pytest.approx(wanted), text
 
 
-NUMBER = st.floats() | st.sampled_from([0., -.1, -1., -40., math.nan, math.inf, -math.inf, 1e-4]) | st.none() | st.text(max_size=2)
-TOKEN = st.sampled_from([str(digit) for digit in range(10)] + [" 7", "7\n", "\uff17", "10", "A", ""]) | st.none() | st.integers()
+ODD_NUMBER = st.sampled_from([0., -.1, -1., -40., math.nan, math.inf, -math.inf, 1e-4])
+NUMBER = st.floats() | ODD_NUMBER | st.none() | st.text(max_size=2)
+DIGITS = [str(digit) for digit in range(10)]
+TOKEN = st.sampled_from(DIGITS + [" 7", "7\n", "\uff17", "10", "A", ""]) | st.none() | st.integers()
 SURE = st.permutations([("7", -.1), ("A", -3.), (" 3", -4.), ("", -9.)])
 SPOILT = st.tuples(SURE, NUMBER).map(lambda drawn: [*drawn[0][:3], (drawn[0][3][0], drawn[1])])
-LIKELIEST = (SURE | SPOILT).map(lambda tokens: {"logprobs": {"content": [
-    {"top_logprobs": [{"token": token, "logprob": logprob} for token, logprob in tokens]}]}, "message": {"content": "7"}})
+LIKELIEST = (SURE | SPOILT).map(lambda tokens: {
+    "logprobs": {"content": [{"top_logprobs": [{"token": token, "logprob": logprob} for token, logprob in tokens]}]},
+    "message": {"content": "7"}})
 CHOICE = LIKELIEST | LIKELIEST | st.fixed_dictionaries({}, optional={
     "message": st.fixed_dictionaries({}, optional={"content": st.text(max_size=5) | JSON}) | JSON,
     "logprobs": st.fixed_dictionaries({"content": st.lists(st.fixed_dictionaries({"top_logprobs": st.lists(
@@ -199,8 +207,9 @@ def test_any_reply_of_a_server_is_a_score_or_none(reasoning, reply, status):
 
 # -------------------------------------------------------------------------------------------------------- command lines
 
-ODD = st.sampled_from(["", "0", "1", "2", "3", "-1", "nan", "inf", "-inf", "1e999", "1e-400", "x", "0x10", "\u0663", " 4 ", "1_0",
-                       "true", "false", "0-4", "4-0", "0-", "-", "--", "1,2", "shapes", "exact", "none", "9" * 30, "a b", "\u00e9"])
+ODD = st.sampled_from([
+    "", "0", "1", "2", "3", "-1", "nan", "inf", "-inf", "1e999", "1e-400", "x", "0x10", "\u0663", " 4 ", "1_0", "true",
+    "false", "0-4", "4-0", "0-", "-", "--", "1,2", "shapes", "exact", "none", "9" * 30, "a b", "\u00e9"])
 
 
 def words_of(settings_class):
@@ -245,7 +254,8 @@ def test_any_command_line_of_training_is_a_config_or_one_line(words):
             assert value > bounds["greater than"]
         assert not f.metadata["choices"] or value in f.metadata["choices"]
     steps, window = train.trained_steps(cfg), train.stochastic_window(cfg, 1)
-    assert len(steps) >= cfg.window and (cfg.algo != "grpo" or (len(window) == cfg.window and window.stop < cfg.denoise))
+    assert len(steps) >= cfg.window
+    assert cfg.algo != "grpo" or (len(window) == cfg.window and window.stop < cfg.denoise)
 
 
 @fuzz(300)
@@ -265,9 +275,12 @@ def test_any_command_line_of_an_evaluation_is_settings_or_one_line(words, model)
     assert all(re.fullmatch(r"\w[\w.-]*", name) and name != "base" for name in found.lora)
 
 
+NAMES = [f.name for f in fields(evaluation.Settings)] + ["eval_denoise", "x"]
+
+
 @fuzz(150)
-@given(values=st.dictionaries(st.sampled_from([f.name for f in fields(evaluation.Settings)] + ["eval_denoise", "x"]), JSON,
-                              max_size=5), raw=st.binary(max_size=20), broken=st.booleans())
+@given(values=st.dictionaries(st.sampled_from(NAMES), JSON, max_size=5), raw=st.binary(max_size=20),
+       broken=st.booleans())
 def test_any_config_of_a_run_is_settings_or_one_line(folder, values, raw, broken):
     """Catches: a traceback where a run's folder comes from elsewhere; a value of another type in the settings."""
     (folder / "config.json").write_bytes(raw if broken else json.dumps(values).encode())

@@ -1,4 +1,4 @@
-"""Several processes: a base that is spread over them, two nodes, and what is left when one of them, or all, are killed."""
+"""Several processes: a base that is spread over them, two nodes, and what is left when one of them is killed."""
 import json
 import os
 import re
@@ -76,10 +76,10 @@ def test_a_process_that_dies_ends_all_in_seconds_and_has_the_last_word(tmp_path,
     assert len(metrics(tmp_path / "run")) == 1
 
 
-# -------------------------------------------------------------------------------------- killed at any moment, and resumed
+# ------------------------------------------------------------------------------------ killed at any moment, and resumed
 
 KILLS = int(os.environ.get("KILLS", 4))            # of each algorithm on each number of processes, a quarter
-# Processes are forked, so that imports are paid once; one that is killed makes this script end the other as torchrun does.
+# Processes are forked, so that imports are paid once. When one is killed, the other is ended as torchrun would.
 RANDOM = """
 import multiprocessing, random, socket
 from multiprocessing.connection import wait
@@ -99,7 +99,8 @@ def killed(name, algo, world, steps=4, patience=600):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [fork.Process(target=work, args=([*words, "--algo", algo, *more], rank, world, port)) for rank in range(world)]
+    line = [*words, "--algo", algo, *more]
+    ranks = [fork.Process(target=work, args=(line, rank, world, port)) for rank in range(world)]
     for process in ranks:
         process.start()
     left, end = ranks, time.time() + patience
@@ -152,12 +153,12 @@ def disturbed(tmp_path_factory):
 @pytest.mark.parametrize("algo", ["grpo", "nft"])
 def test_kills_at_random_leave_the_bits_of_a_run_that_nobody_disturbed(disturbed, algo, world):
     """Catches: a moment that nobody thought of: half a file, a line too many, a step that is made twice or left out, a
-    folder that can be neither resumed nor started again. KILLS=50 pytest -s ... makes as many kills, and counts them."""
-    runs = list(disturbed.glob(f"{algo}-killed-{world}-*"))
+    folder that can be neither resumed nor started again. KILLS=50 pytest -s makes as many kills, counted."""
+    straight, runs = disturbed / f"{algo}-straight-{world}", list(disturbed.glob(f"{algo}-killed-{world}-*"))
     assert runs
     for run in runs:
-        assert_same_run(disturbed / f"{algo}-straight-{world}", run)
-        assert (run / "validation.json").read_bytes() == (disturbed / f"{algo}-straight-{world}" / "validation.json").read_bytes()
+        assert_same_run(straight, run)
+        assert (run / "validation.json").read_bytes() == (straight / "validation.json").read_bytes()
 
 
 @pytest.mark.parametrize("algo", ["grpo", "nft"])
@@ -256,9 +257,10 @@ for family in ("kontext", "klein", "qwen"):
         editor.transformer.enable_gradient_checkpointing()
         model.add_lora(editor, 4, 8)
         if sharded:
-            frozen = {name: p.numel() for name, p in editor.transformer.named_parameters() if name not in editor.trained}
+            weights = editor.transformer.named_parameters
+            frozen = {name: p.numel() for name, p in weights() if name not in editor.trained}
             model.shard(editor)
-            here = {name: p.to_local().numel() for name, p in editor.transformer.named_parameters() if name in frozen}
+            here = {name: p.to_local().numel() for name, p in weights() if name in frozen}
             assert sum(here.values()) < .6 * sum(frozen.values()), (sum(here.values()), sum(frozen.values()))
         move(editor, .02)
         # other pictures on each process

@@ -272,10 +272,11 @@ def test_the_key_is_in_no_file_and_no_line_of_a_run(few_tasks, tmp_path, monkeyp
         spoilt[7] = f"HTTP/1.0 302 Moved\r\nLocation: {place}\r\n\r\n".encode()
         # not the question that is asked when a judge is loaded
         server.spoil = lambda body, digit, n: spoilt.get(n % 16) if body["pictures"][0].shape[2] != 64 else None
-        said = [run_script("train.py", *small_run(tmp_path / "run", server.spec, judge_workers=1, steps=2, val_tasks=2))]
-        said.append(run_script("eval.py", "--model", editor_folder(), "--lora", tmp_path / "run", "--judge", server.spec,
+        run = tmp_path / "run"
+        said = [run_script("train.py", *small_run(run, server.spec, judge_workers=1, steps=2, val_tasks=2))]
+        said.append(run_script("eval.py", "--model", editor_folder(), "--lora", run, "--judge", server.spec,
                                "--reasoning", "direct", "--turns", 2, "--denoise", 2, "--probes", 2, "--out",
-                               tmp_path / "run" / "eval"))
+                               run / "eval"))
         server.spoil = lambda body, digit, n: 401 if body["pictures"][0].shape[2] != 64 else None
         said.append(run_script("train.py", *small_run(tmp_path / "late", server.spec)))
         assert [code for code, _, _ in said] == [0, 0, 2] and "no 401 for ***" in said[2][2]

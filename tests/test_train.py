@@ -797,7 +797,8 @@ def test_a_file_that_is_no_checkpoint_is_neither_the_newest_nor_an_old_one(tmp_p
     train.main(config(tmp_path / "a", steps=3, save_every=1))
     train.main(config(tmp_path / "b", steps=1, save_every=1))
     folder = tmp_path / "b" / "checkpoint"
-    strays = [folder / name for name in ("step_zzz.pt", "step_best.pt", "step_2 (copy).pt", "step_.pt", "step_000009.pt.tmp")]
+    names = ("step_zzz.pt", "step_best.pt", "step_2 (copy).pt", "step_.pt", "step_000009.pt.tmp")
+    strays = [folder / name for name in names]
     for file in strays:
         file.write_bytes((folder / "step_000000.pt").read_bytes())
     train.main(config(tmp_path / "b", steps=3, save_every=1, resume=True))
