@@ -600,8 +600,9 @@ def shard(editor):
     # Each block is moved to the device and cut before the next one: it never holds all of them.
     mesh = dist.init_device_mesh(editor.device.type, (dist.get_world_size(),))
     stacks = [child for child in transformer.children() if isinstance(child, nn.ModuleList)]
-    for block in [block for stack in stacks for block in stack]:
-        fully_shard(block, mesh=mesh, ignored_params=lora)
+    for stack in stacks:
+        for block in stack:
+            fully_shard(block, mesh=mesh, ignored_params=lora)
     # last, what lies around the blocks
     fully_shard(transformer, mesh=mesh, ignored_params=lora, reshard_after_forward=True)
     editor.sharded = True

@@ -340,10 +340,11 @@ def update(editor, trajectory, A, used, optimizer, cfg, step, share):
     has_ratio = "log_ratio" in names
     whole = has_ratio and editor.transformer.dtype != torch.float32
     # All processes gather a sharded base together: each makes the forwards that any of them needs.
-    needed = used.to(device).int()
+    needed = used
     if cfg.shard:
+        needed = used.to(device).int()
         dist.all_reduce(needed, dist.ReduceOp.MAX)
-    needed = needed.cpu()
+        needed = needed.cpu()
     for settings in optimizer.param_groups:
         settings["lr"] = cfg.lr * min(1, step / WARMUP)
 
@@ -646,8 +647,9 @@ def closing_table(run, cfg):
 
     By rank 0. Where the base is spread over the processes, the others make the same pictures, and judge nothing.
     """
-    out, arms, editor, val, first = Path(cfg.out), {}, run.editor, run.val, run.share.rank == 0
-    judge = run.referee or run.judge if first else None
+    editor, val, first = run.editor, run.val, run.share.rank == 0
+    out, arms = Path(cfg.out), {}
+    judge = (run.referee or run.judge) if first else None
     before = "start" if cfg.lora else "base"                 # with --lora, training did not start from the base
     editor.fast = False                                      # in float32, as eval.py
     for arm, name in ((before, "ref"), ("tuned", "ema")):
