@@ -483,7 +483,8 @@ import io, os, signal, sys
 sys.path[:0] = {paths}
 import torch
 torch.set_num_threads(1)
-import diffusers, model, reward, train
+import model, reward, train
+from diffusers import FluxKontextPipeline          # imports most of what loading an editor imports
 from fixtures import Judge
 reward.load = lambda *_, **__: Judge()
 load, train.data.load = train.data.load, lambda *args, **more: load(*args[:4], limit=64)
