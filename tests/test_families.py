@@ -422,7 +422,7 @@ def test_nft_updates_every_family(family):
 @pytest.mark.parametrize("family", ["klein", "plus"])
 def test_a_run_of_another_family(family, tmp_path, monkeypatch, capsys):
     """Catches: anything in train.py and eval.py that only Kontext has; LoRA count left unsaid."""
-    monkeypatch.setattr(model, "load", lambda path, device, guidance, offload: tiny_editor(
+    monkeypatch.setattr(model, "load", lambda path, device, guidance, offload, shard=False: tiny_editor(
         family, PIPES[family](), guidance=guidance, offload=offload))
     monkeypatch.setattr(train.reward, "load", lambda *_, **__: Judge())
     for name, size in (("a", (90, 60)), ("b", (64, 64))):

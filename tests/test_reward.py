@@ -572,13 +572,13 @@ def test_a_model_that_is_nowhere_costs_one_question_to_the_hub(monkeypatch, tmp_
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
     processor = transformers.AutoProcessor
-    monkeypatch.setattr(processor, "from_pretrained", lambda *_: pytest.fail("the hub was asked again"))
+    monkeypatch.setattr(processor, "from_pretrained", lambda *_, **__: pytest.fail("the hub was asked again"))
     with pytest.raises(ValueError, match="^--judge somebody/judge .*: Name or service not known$"):
         reward.load("somebody/judge")
     assert asked == [("somebody/judge", 10)]
     # What was downloaded before is not asked about: it loads on machines without a network.
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda path, file: str(tmp_path / "config.json"))
-    monkeypatch.setattr(processor, "from_pretrained", lambda path: asked.append(str(path)) or 1 / 0)
+    monkeypatch.setattr(processor, "from_pretrained", lambda path, **_: asked.append(str(path)) or 1 / 0)
     with pytest.raises(ValueError, match="division"):
         reward.load("somebody/judge")
     assert asked[1:] == ["somebody/judge"]
