@@ -732,7 +732,7 @@ def main(argv=None):
             record = {"settings": asdict(settings), "made_of": before | of_tasks | made_of(settings)}
             if judge:
                 record["judge"] = {"fingerprint": judge.fingerprint, "names": judge.names}
-            model.write_whole(file, lambda path: path.write_text(json.dumps(record, indent=1)))
+            model.write_text(file, json.dumps(record, indent=1))
         arms[arm] = evaluate(editor, judge, tasks, settings.turns, settings.denoise, settings.seeds, settings.batch,
                              settings.probes, folder, desc=arm)
         del editor                                           # the next one may need its room

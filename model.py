@@ -630,8 +630,7 @@ def save_weights(editor, folder, name="policy"):
         state = {key: value.cpu().contiguous() for key, value in state.items()}
     check_finite(state, f"{file} is not written: the {name} set")
     if file.name == WHOLE_FILE:
-        config = transformer.to_json_string()
-        write_whole(file.with_name("config.json"), lambda path: path.write_text(config))
+        write_text(file.with_name("config.json"), transformer.to_json_string())
     write_whole(file, lambda path: save_file(state, path, {"format": "pt"}))
 
 
@@ -657,6 +656,11 @@ def write_whole(file, writer):
         # torch says nothing of the disk, only that its position in the file is not the expected one
         hint = " (is the disk full?)" if isinstance(error, RuntimeError) else ""
         raise OSError(f"cannot write {file}{hint}: {first_line(error)}") from None
+
+
+def write_text(file, text):
+    """A text file, whole or not at all, in UTF-8."""
+    write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def sync_folder(folder):
@@ -699,7 +703,7 @@ def load_weights(editor, path):
     # look at all of it before a layer is touched
     linears = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     layers = {}
-    for name in sorted(layer_names(state)):
+    for name in sorted(alphas):
         A, B = (state.get(lora_key(name, letter), torch.empty(0)) for letter in "AB")
         base = linears.get(name)
         if base is None or A.shape != (len(A), base.in_features) or B.shape != (base.out_features, len(A)):
@@ -718,7 +722,10 @@ def load_weights(editor, path):
 
 
 def read_lora(pipe, file, state):
-    """A LoRA in any layout that the pipeline reads -> {transformer.NAME.lora_A.weight: ...}, {NAME: alpha}."""
+    """A LoRA in any layout that the pipeline reads -> {transformer.NAME.lora_A.weight: ...}, {NAME: alpha}.
+
+    A key of another form gives a NAME too, so that whoever looks for it in the editor finds that it does not fit.
+    """
     from diffusers.utils import convert_unet_state_dict_to_peft
     read = pipe.lora_state_dict(state, return_alphas=True)
     state, in_keys = read if isinstance(read, tuple) else (read, None)
@@ -741,12 +748,7 @@ def read_lora(pipe, file, state):
                 break
         return value * math.sqrt(rank) if config.get("use_rslora") else value
     alphas = {}
-    for name in layer_names(state):
+    for name in {key.removeprefix("transformer.").rsplit(".", 2)[0] for key in state}:
         A = state.get(lora_key(name, "A"), ())
         alphas[name] = float(alpha(name, len(A)))
     return state, alphas
-
-
-def layer_names(state):
-    """NAME of every transformer.NAME.lora_A.weight, or whatever else is in a LoRA."""
-    return {key.removeprefix("transformer.").rsplit(".", 2)[0] for key in state}

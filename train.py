@@ -609,8 +609,7 @@ def open_run(cfg, judge, editor, optimizer):
             model.save_weights(editor, out, "ema")
         return done
     save(editor, optimizer, 0, out)                          # so that a run can be resumed whenever it was killed
-    config = json.dumps(asdict(cfg) | contents, indent=1)
-    model.write_whole(out / "config.json", lambda path: path.write_text(config))
+    model.write_text(out / "config.json", json.dumps(asdict(cfg) | contents, indent=1))
     return 0
 
 
@@ -659,8 +658,7 @@ def closing_table(run, cfg):
     if not first:
         return
     result = evaluation.summarise(arms, val)
-    text = json.dumps(result, indent=1, allow_nan=False)
-    model.write_whole(out / "validation.json", lambda path: path.write_text(text))
+    model.write_text(out / "validation.json", json.dumps(result, indent=1, allow_nan=False))
     evaluation.draw_arms(arms, val, out / "samples" / "validation.png")
     print(f"{len(val)} validation tasks, T = {cfg.eval_denoise}\n{evaluation.table(result)}")
 

@@ -146,8 +146,7 @@ def convert(args):
         image = os.path.relpath(task.meta["file"], args.out.parent)
         line = {"image": image, "instructions": task.instructions, "kinds": task.kinds}
         lines.append(json.dumps(line) + "\n")
-    text = "".join(lines)
-    model.write_whole(args.out, lambda path: path.write_text(text))
+    model.write_text(args.out, "".join(lines))
     print(f"{args.out}: {len(lines)} tasks")
 
 
@@ -270,8 +269,7 @@ def generate(args):
         if rank == 0:
             # once more, since a hub id is known by its content only now that it is here
             record["made_of"] |= made_of()
-            text = json.dumps(record, indent=1)
-            model.write_whole(args.out / "edival.json", lambda path: path.write_text(text))
+            model.write_text(args.out / "edival.json", json.dumps(record, indent=1))
             save_sources(tasks, file_of)
         evaluation.evaluate(editor, None, tasks, args.turns, T, batch=args.batch, probes=args.probes,
                             folder=args.out, desc=f"generate {arm}", file_of=file_of, sample=sample_as_baseline)

@@ -55,8 +55,8 @@ def write_report(out, result, arms, tasks):
     """Write everything into the folder `out`. arms {name: Scores}; pictures are shown where all Scores have them."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    write(out / "results.json", json.dumps(result, indent=1, allow_nan=False))
-    write(out / "tables.md", markdown(result))
+    model.write_text(out / "results.json", json.dumps(result, indent=1, allow_nan=False))
+    model.write_text(out / "tables.md", markdown(result))
     figures = draw_figures(result, out / "figures")
     pictured = all(scores.pictures for scores in arms.values())
     sheets = draw_sheets(arms, tasks, out / "sheets") if pictured else []
@@ -69,11 +69,7 @@ def write_report(out, result, arms, tasks):
         sheets=[(inline(Image.open(file), 900), caption) for file, caption in sheets],
         dialogues=[describe_dialogue(arms, tasks[row], row) for row in rows],
         kinds=kinds_of([tasks[row] for row in rows], turns_of(arms)), turns=turns_of(arms))
-    write(out / "report.html", page)
-
-
-def write(file, text):
-    model.write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
+    model.write_text(out / "report.html", page)
 
 
 # ------------------------------------------------------------------------------------------------------------ tables

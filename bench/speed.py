@@ -264,7 +264,7 @@ def main(argv=None):
         args.family = list(fullsize.FAMILIES)
     if args.family:
         result["fullsize"] = fullsize.measure(args, device)
-    model.write_whole(Path(args.out), lambda path: path.write_text(json.dumps(result, indent=1)))
+    model.write_text(Path(args.out), json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

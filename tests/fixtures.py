@@ -4,6 +4,7 @@ import functools
 import io
 import os
 import runpy
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -214,6 +215,13 @@ class Judge(reward.Judge):
         drift = (x[:, k + 1] - x[:, 0]).abs().mean((1, 2, 3))
         r = torch.stack([x[:, k + 1, 0].mean((1, 2)), 1 - drift], 1)
         return self.edit(r, tasks, k) if self.edit else r
+
+
+def free_port():
+    """A port on which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def record_disk(monkeypatch):

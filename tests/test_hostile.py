@@ -8,15 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import eval as evaluation
 import model
-import reward
 import train
-from bench import edival, report
-from fixtures import ROOT, editor_folder, make_tasks, new_editor, refused, run_script
+from bench import edival
+from fixtures import ROOT, editor_folder, new_editor, refused, run_script
 from test_train import config, digest, flags, judge
 
 
@@ -141,7 +138,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "shapes" / "judge", folder)
     (folder / "mine.py").write_text(code)
     settings = json.loads((folder / "config.json").read_text())
-    auto = {name: f"mine.Mine" for name in ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor")}
+    auto = {name: "mine.Mine" for name in ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor")}
     settings |= {"auto_map": auto, "model_type": "of_mine"}
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "processor_config.json").write_text(json.dumps({"processor_class": "Mine", "auto_map": auto}))

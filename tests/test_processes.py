@@ -2,7 +2,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ import pytest
 
 import model
 import train
-from fixtures import ROOT, new_editor
+from fixtures import ROOT, free_port, new_editor
 from test_train import END_TO_END, assert_same_run, assert_same_within_rounding, flags, metrics, run_python
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -21,7 +20,7 @@ sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
 import torch
 torch.set_num_threads(1)
 import data, model, reward, train
-from fixtures import PIPES, Judge, move, tiny_editor
+from fixtures import PIPES, Judge, free_port, move, tiny_editor
 judge, load, choose, plain, batch = Judge(), data.load, train.choose, train.rollout, []
 reward.load = lambda *_, **__: judge
 data.load = lambda *args: load(*args[:4], *args[4:] or [64])
@@ -81,7 +80,7 @@ def test_a_process_that_dies_ends_all_in_seconds_and_has_the_last_word(tmp_path,
 KILLS = int(os.environ.get("KILLS", 4))            # of each algorithm on each number of processes, a quarter
 # Processes are forked, so that imports are paid once. When one is killed, the other is ended as torchrun would.
 RANDOM = """
-import multiprocessing, random, socket
+import multiprocessing, random
 from multiprocessing.connection import wait
 fork, kills, draw = multiprocessing.get_context("fork"), int(sys.argv[1]), random.Random(0)
 folder, words = sys.argv[2], sys.argv[3:]
@@ -96,9 +95,7 @@ def killed(name, algo, world, steps=4, patience=600):
     # Start or resume a run, and kill one of its processes when patience ends, unless it ended before: was it killed?
     out = f"{folder}/{algo}-{name}"
     more = ["--out", out, "--steps", str(steps)] + ["--resume"] * os.path.exists(f"{out}/config.json")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     line = [*words, "--algo", algo, *more]
     ranks = [fork.Process(target=work, args=(line, rank, world, port)) for rank in range(world)]
     for process in ranks:
@@ -199,9 +196,7 @@ def alone(tmp_path_factory):
 
 def test_two_nodes_train_as_one_process(alone, tmp_path):
     """Catches: a rank, a GPU's number or a share of the tasks that is taken from the place within the node."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     script = write_script(tmp_path, UNEVEN)
     agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
              f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", script, *flags(tmp_path / "run", **SAME)]

@@ -8,7 +8,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +22,7 @@ from PIL import Image
 
 import reward
 import train
-from fixtures import ROOT, editor_folder, make_tasks, run_script
+from fixtures import ROOT, editor_folder, free_port, make_tasks, run_script
 from rollout import Task
 from shapes import world
 
@@ -390,9 +389,7 @@ def test_a_server_that_fails_now_and_then_is_asked_to_the_end():
 
 def test_what_is_no_server_is_refused_in_one_line(monkeypatch):
     """A traceback; or a run that starts and fails on every call."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        nobody = f"http://127.0.0.1:{free.getsockname()[1]}/v1#m"
+    nobody = f"http://127.0.0.1:{free_port()}/v1#m"
     with Server() as one:
         monkeypatch.setattr(Handler, "do_POST", lambda self: self.reply(b'{"error": "no model\\nof this name"}', 404))
         for spec, words in ((nobody, "refused"), (one.spec, "HTTP 404: .*no model"), ("http://#m", "no host"),
@@ -503,9 +500,7 @@ SERVING = all(importlib.util.find_spec(name) for name in ("openai", "fastapi", "
 @pytest.mark.skipif(not SERVING, reason="transformers serve needs tests/requirements.txt")
 def test_a_real_server_gives_the_scores_of_the_model_in_process(tmp_path):
     """Pictures or words that change on the way through somebody else's server; a request that only our stub takes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     folder = str(ROOT / "shapes/judge")
     with open(tmp_path / "log", "w") as log:
         serve = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--device", "cpu",
