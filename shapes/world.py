@@ -2,11 +2,13 @@
 
 A picture is 48 x 48 pixels: a plain background and a 3 x 3 grid of 16-pixel cells, each empty or holding one object
 (shape, colour, material). One cell is one packed latent token of the embedded editor. An edit carries one of EdiVal's
-type names, changes the scene in one place and is told in one of several phrasings. A dialogue is planned on the scene
-as it *should* look after the earlier edits, so a later instruction may speak of an object that an earlier one made.
+type names, changes the scene in one place and is told in one of several phrasings. Instructions speak of objects that
+earlier ones made, and some leave a choice: "Add a red metal star" does not say where. So what a scene should look like
+depends on what the editor chose, and a choice may make a later instruction impossible ("Put a blue ring left of it").
 
-    scene = sample_scene(rng);  instruction, kind, after = sample_edit(scene, rng);  render([scene, after])
-    judge(pictures, previous, scenes)    # symbolic success, graded instruction following, content consistency
+    scene = sample_scene(rng);  instruction, operation, after = sample_edit(scene, rng);  render([scene, after])
+    scenes, possible = resolve(starts, operations, pictures)      # what should be there, given where things were put
+    success, following, consistency = judge(pictures, previous, scenes)
 
 Everything is a pure function of a `random.Random`. Needs numpy and PIL only.
 """
@@ -26,6 +28,7 @@ BACKGROUNDS = {"white": (250, 250, 250), "gray": (176, 178, 184), "sky": (164, 2
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 KINDS = ("subject_add", "subject_remove", "subject_replace", "color_alter", "material_alter", "position_change",
          "background_change")  # EdiVal's names; count_change and text_change have no single right picture here
+DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}      # (rows, columns)
 GRID, CELL = 3, 16
 SIZE = GRID * CELL
 
@@ -121,14 +124,69 @@ def cut(pictures):
     return cells.reshape(-1, GRID * GRID, CELL, CELL, 3)
 
 
-# ------------------------------------------------------------------------------------------------- scenes and edits
+# --------------------------------------------------------------------------------------------- scenes and operations
+
+class Operation(NamedTuple):
+    """What an instruction asks for; None where it says nothing."""
+    kind: str
+    key: tuple | None = None           # (shape, color) of the object that it speaks of
+    new: Object | None = None          # what is in the cell afterwards
+    place: int | None = None           # the cell, where it is told
+    direction: str | None = None       # of DIRECTIONS: the cell beside the object `key`
+    background: str | None = None
+
+    @property
+    def open(self):
+        """Does it leave the place to the editor?"""
+        return self.kind == "subject_add" and self.place is None and self.direction is None
+
+
+def find(scene, key):
+    """The cell of the object of this (shape, color), None if there is none."""
+    for i, content in enumerate(scene.cells):
+        if content and (content.shape, content.color) == key:
+            return i
+    return None
+
+
+def beside(place, direction):
+    """The cell next to another one, None outside the grid."""
+    row, column = divmod(place, GRID)
+    down, right = DIRECTIONS[direction]
+    row, column = row + down, column + right
+    inside = 0 <= row < GRID and 0 <= column < GRID
+    return row * GRID + column if inside else None
+
+
+def apply(scene, operation, chosen=None):
+    """The scene after an operation, None where it is impossible. chosen: the cell of an open addition."""
+    kind, key, new, place, direction, background = operation
+    if background:
+        return scene._replace(background=background)
+    here = find(scene, key) if key else None
+    if key and here is None:
+        return None
+    cells = list(scene.cells)
+
+    # where the new content goes: an addition and a move need a free cell
+    if kind in ("subject_add", "position_change"):
+        to = beside(here, direction) if direction else chosen if operation.open else place
+        if to is None or cells[to]:
+            return None
+    else:
+        to = here
+    if kind == "position_change":
+        cells[here] = None
+    cells[to] = new
+    return scene._replace(cells=tuple(cells))
+
 
 def sample_scene(rng, allowed=CONTENTS[1:]):
-    """A scene of 2 to 5 objects, no two of the same colour and shape, so that "the red star" names one of them."""
+    """A scene of 1 to 4 objects, no two of the same colour and shape, so that "the red star" names one of them."""
     objects = {}
     for content in rng.sample(allowed, 12):
         objects.setdefault((content.shape, content.color), content)
-    objects = list(objects.values())[:rng.randint(2, 5)]
+    objects = list(objects.values())[:rng.randint(1, 4)]
     places = rng.sample(range(GRID * GRID), len(objects))
     cells = [None] * (GRID * GRID)
     for place, content in zip(places, objects):
@@ -136,91 +194,159 @@ def sample_scene(rng, allowed=CONTENTS[1:]):
     return Scene(rng.choice(list(BACKGROUNDS)), tuple(cells))
 
 
-def sample_edit(scene, rng, kind=None, allowed=CONTENTS[1:]):
-    """One edit of `kind` (a random one if None) that is possible in `scene`: (instruction, kind, scene after it).
+def sample_edit(scene, rng, kind=None, allowed=CONTENTS[1:], way=None, key=None):
+    """One edit of `kind` (a random one if None) that is possible in `scene`: (instruction, operation, scene after it).
 
-    Returns None where the kind is impossible (nothing left to remove, no room to add).
+    way: how an addition tells its place: "told", "open" (any free cell, all equally likely, in the scene after it) or
+    "beside" an object, that of `key` if given; random if None. Returns None where the kind is impossible (nothing left
+    to remove, no room to add).
     """
     kind = kind or rng.choice(KINDS)
-    cells = list(scene.cells)
-    full = [i for i, c in enumerate(cells) if c]
-    free = [i for i, c in enumerate(cells) if not c]
-    taken = {(c.shape, c.color) for c in cells if c}
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
     if kind == "background_change":
         new = rng.choice([b for b in BACKGROUNDS if b != scene.background])
         text = rng.choice(["Change the background to {}", "Make the background {}", "Set the scene on a {} background"])
-        return text.format(new), kind, scene._replace(background=new)
+        return _edit(scene, text.format(new), Operation(kind, background=new))
     if kind == "subject_add":
-        if len(free) < 2:
-            return None
-        choices = [o for o in allowed if (o.shape, o.color) not in taken]
-        place, new = rng.choice(free), rng.choice(choices)
-        cells[place] = new
-        text = rng.choice(["Add a {} at the {}", "Put a {} at the {}", "Place a {} in the {} cell"])
-        return text.format(_name(new), PLACES[place]), kind, scene._replace(cells=tuple(cells))
+        return _sample_addition(scene, rng, allowed, way or rng.choice(["told", "open", "beside"]), key)
+
+    # an object that is there
+    full = [i for i, c in enumerate(scene.cells) if c]
+    free = [i for i, c in enumerate(scene.cells) if not c]
     if not full or (kind == "subject_remove" and len(full) < 2) or (kind == "position_change" and not free):
         return None
-
-    place = rng.choice(full)
-    old = cells[place]
-    words = [f"{old.color} {old.shape}"]            # what fills the gaps of the text
+    old = scene.cells[rng.choice(full)]
+    words, key = [f"{old.color} {old.shape}"], (old.shape, old.color)       # words fill the gaps of the text
     if kind == "subject_remove":
-        cells[place] = None
         text = rng.choice(["Remove the {}", "Delete the {}", "Take away the {}", "Erase the {}"])
-    elif kind == "subject_replace":
+        operation = Operation(kind, key)
+    elif kind == "position_change":
+        to = rng.choice(free)
+        text = rng.choice(["Move the {} to the {}", "Shift the {} to the {}", "Bring the {} to the {}"])
+        words.append(PLACES[to])
+        operation = Operation(kind, key, old, to)
+    else:
+        new = _other_object(scene, rng, kind, old, allowed)
+        if new is None:
+            return None
+        text, word = _change_in_words(rng, kind, new)
+        words.append(word)
+        operation = Operation(kind, key, new)
+    return _edit(scene, text.format(*words), operation)
+
+
+def _edit(scene, text, operation, chosen=None):
+    return text, operation, apply(scene, operation, chosen)
+
+
+def _sample_addition(scene, rng, allowed, way, key):
+    """An addition whose place is told, left open, or beside an object; None where there is no room."""
+    full = [i for i, c in enumerate(scene.cells) if c]
+    free = [i for i, c in enumerate(scene.cells) if not c]
+    if len(free) < 2:
+        return None
+    taken = {(c.shape, c.color) for c in scene.cells if c}
+    new = rng.choice([o for o in allowed if (o.shape, o.color) not in taken])
+    kind, name = "subject_add", _name(new)
+    if way == "open":
+        text = rng.choice(["Add a {}", "Put a {} somewhere", "Place a {} anywhere"])
+        return _edit(scene, text.format(name), Operation(kind, new=new), rng.choice(free))
+    if way == "told":
+        place = rng.choice(free)
+        text = rng.choice(["Add a {} at the {}", "Put a {} at the {}", "Place a {} in the {} cell"])
+        return _edit(scene, text.format(name, PLACES[place]), Operation(kind, new=new, place=place))
+
+    # beside an object that has a free cell next to it
+    anchors = full if key is None else [find(scene, key)]
+    spots = [(i, direction) for i in anchors for direction in DIRECTIONS if beside(i, direction) in free]
+    if not spots:
+        return None
+    i, direction = rng.choice(spots)
+    anchor = scene.cells[i]
+    text = rng.choice(["Add a {} {} the {}", "Put a {} {} the {}", "Place a {} {} the {}"])
+    operation = Operation(kind, (anchor.shape, anchor.color), new, direction=direction)
+    return _edit(scene, text.format(name, direction, f"{anchor.color} {anchor.shape}"), operation)
+
+
+def _other_object(scene, rng, kind, old, allowed):
+    """What an object becomes: another shape, or the same one in another colour or material; None if nothing is left."""
+    taken = {(c.shape, c.color) for c in scene.cells if c}
+    if kind == "subject_replace":
         choices = [o for o in allowed if (o.shape, o.color) not in taken and o.shape != old.shape]
-        new = cells[place] = rng.choice(choices)
-        text = rng.choice(["Replace the {} with a {}", "Turn the {} into a {}", "Swap the {} for a {}"])
-        words.append(_name(new))
     elif kind == "color_alter":
         choices = [o for o in allowed if (o.shape, o.material) == (old.shape, old.material)
                    and (o.shape, o.color) not in taken]
-        if not choices:
-            return None
-        new = cells[place] = rng.choice(choices)
-        text = rng.choice(["Make the {} {}", "Change the color of the {} to {}", "Paint the {} {}"])
-        words.append(new.color)
-    elif kind == "material_alter":
-        choices = [o for o in allowed if (o.shape, o.color) == (old.shape, old.color) and o.material != old.material]
-        if not choices:
-            return None
-        new = cells[place] = rng.choice(choices)
-        text = rng.choice(["Change the material of the {} to {}", "Make the {} out of {}", "Turn the {} {}"])
-        is_noun = text != "Turn the {} {}"
-        words.append("wood" if is_noun and new.material == "wooden" else new.material)
-    elif kind == "position_change":
-        to = rng.choice(free)
-        cells[place], cells[to] = None, old
-        text = rng.choice(["Move the {} to the {}", "Shift the {} to the {}", "Bring the {} to the {}"])
-        words.append(PLACES[to])
     else:
-        raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
-    return text.format(*words), kind, scene._replace(cells=tuple(cells))
+        choices = [o for o in allowed if (o.shape, o.color) == (old.shape, old.color) and o.material != old.material]
+    return rng.choice(choices) if choices else None
+
+
+def _change_in_words(rng, kind, new):
+    """A phrasing with a gap for the object and one for what it becomes, and the word for the latter."""
+    if kind == "subject_replace":
+        return rng.choice(["Replace the {} with a {}", "Turn the {} into a {}", "Swap the {} for a {}"]), _name(new)
+    if kind == "color_alter":
+        return rng.choice(["Make the {} {}", "Change the color of the {} to {}", "Paint the {} {}"]), new.color
+    text = rng.choice(["Change the material of the {} to {}", "Make the {} out of {}", "Turn the {} {}"])
+    is_noun = text != "Turn the {} {}"
+    return text, "wood" if is_noun and new.material == "wooden" else new.material
 
 
 def _name(obj):
     return f"{obj.color} {obj.material} {obj.shape}"
 
 
+# --------------------------------------------------------------------------------------------------------- dialogues
+
+class Dialogue(NamedTuple):
+    """K edits in a row. The scenes are one way it may go: open additions stand where a die has put them."""
+    instructions: list
+    operations: list
+    scenes: list              # K + 1: the start, and after each edit
+
+    @property
+    def kinds(self):
+        return [operation.kind for operation in self.operations]
+
+
+OPEN, BUILD = .6, .75         # chance that a dialogue without an open addition gets one now; that one is built on
+
+
 def sample_dialogue(rng, K, allowed=CONTENTS[1:]):
-    """A scene and K edits of K different kinds (repeats if K > 7): (instructions, kinds, K + 1 expected scenes)."""
-    instructions, kinds, scenes = [], [], [sample_scene(rng, allowed)]
+    """A Dialogue of K edits. What is openly added is built upon: later objects go beside it.
+
+    All other kinds are different ones (repeats where K is large, or nothing else is possible). K = 1 is any turn of a
+    dialogue of three, on the picture before it.
+    """
+    if K == 1:
+        whole, k = sample_dialogue(rng, 3, allowed), rng.randrange(3)
+        return Dialogue(whole.instructions[k:k + 1], whole.operations[k:k + 1], whole.scenes[k:k + 2])
+    instructions, operations, scenes = [], [], [sample_scene(rng, allowed)]
     misses = 0
-    while len(kinds) < K:
-        # a kind that was not among the last six; any, where the one that is left is impossible in this scene
-        recent = kinds[-(len(KINDS) - 1):]
-        fresh = [kind for kind in KINDS if kind not in recent]
-        kind = rng.choice(fresh if misses < 50 else KINDS)
-        edit = sample_edit(scenes[-1], rng, kind, allowed)
+    while len(operations) < K:
+        opened = [o.new for o in operations if o.open]
+        opened = [(o.shape, o.color) for o in opened if o in scenes[-1].cells]
+        if opened and rng.random() < BUILD and misses < 50:
+            kind, way, key = "subject_add", "beside", rng.choice(opened)
+        elif not opened and rng.random() < OPEN and misses < 50:
+            kind, way, key = "subject_add", "open", None
+        else:
+            # a kind that was not among the last six; any, where the one that is left is impossible in this scene
+            recent = [o.kind for o in operations if o.place is not None or o.kind != "subject_add"]
+            fresh = [kind for kind in KINDS if kind not in recent[-(len(KINDS) - 1):]]
+            kinds = fresh if misses < 50 else KINDS
+            kind, way, key = rng.choices(kinds, [3 if kind == "subject_add" else 1 for kind in kinds])[0], "told", None
+        edit = sample_edit(scenes[-1], rng, kind, allowed, way, key)
         if edit is None:
             misses += 1
             continue
         misses = 0
-        instruction, kind, scene = edit
+        instruction, operation, scene = edit
         instructions.append(instruction)
-        kinds.append(kind)
+        operations.append(operation)
         scenes.append(scene)
-    return instructions, kinds, scenes
+    return Dialogue(instructions, operations, scenes)
 
 
 def dialogues(split, n, K, start=0):
@@ -294,27 +420,58 @@ def _agreements():
 _ATTRIBUTES = _agreements()
 
 
+def resolve(starts, operations, pictures):
+    """What pictures should show after each turn, given where the editor has put what it was free to put.
+
+    starts: n scenes; operations: n lists, of K or more; pictures (n, K + 1, 48, 48, 3) uint8, the source first.
+    An open addition belongs in the free cell that looks most like it; an impossible operation leaves the scene as it is.
+    Returns n lists of K + 1 scenes, and which operations were possible (n, K).
+    """
+    n, K = len(starts), pictures.shape[1] - 1
+    scenes, possible = [[start] for start in starts], np.ones((n, K), bool)
+    for k in range(K):
+        opened = [i for i in range(n) if operations[i][k].open]
+        likeness = {}
+        if opened:
+            wanted = np.array([_CONTENT_ID[operations[i][k].new] for i in opened])
+            likeness = dict(zip(opened, _likeness(read(pictures[opened, k + 1]), wanted)))
+        for i in range(n):
+            before, chosen = scenes[i][-1], None
+            free = [cell for cell in range(GRID * GRID) if not before.cells[cell]]
+            if i in likeness and free:
+                chosen = max(free, key=lambda cell: likeness[i][cell])
+            after = apply(before, operations[i][k], chosen)
+            possible[i, k] = after is not None
+            scenes[i].append(after or before)
+    return scenes, possible
+
+
+def _likeness(seen, wanted):
+    """How much cells look like a content: wanted (n,) -> (n, 9) in [0, 1], attributes that agree, times how sharp."""
+    target = np.repeat(wanted[:, None], GRID * GRID, 1)
+    error = np.take_along_axis(seen.distance, target[..., None], 2)[..., 0]
+    return _agreement(seen, target).mean(0) * np.exp(-error / (2 * SMEARED))
+
+
 def judge(pictures, previous, scenes):
     """Judge one edit each: pictures and the pictures before the edit (n, 48, 48, 3) uint8, and n lists of the expected
-    scenes, the original first, the last two before and after this edit.
+    scenes, the original first, the last two before and after this edit. Those are equal where it is impossible: it fails.
 
     Returns three arrays (n,): `success` in {0, 1}: what the instruction changes reads as asked; `following` in [0, 1],
     graded: the mean belief in each attribute that should change, times that in those that should not, times how sharp
     it is; `consistency` in [0, 1]: all that the instruction does not speak of, half of it symbolic agreement (beliefs
     in cells and background), half pixel distance. What no instruction has touched is compared with the original scene,
     what an earlier one did with the picture before: so a picture that is only copied is consistent, and so is one that
-    keeps an earlier failure, while slow drift counts in full. ValueError if an edit changes nothing.
+    keeps an earlier failure, while slow drift counts in full.
     """
     seen, seen_before = read(pictures), read(previous)
     original, old, new = (encode_scenes([s[k] for s in scenes]) for k in (0, -2, -1))    # (background, contents)
     ground_asked, asked = old[0] != new[0], old[1] != new[1]                             # (n,), (n, 9)
-    count = asked.sum(1) + ground_asked
-    if not count.all():
-        raise ValueError(f"edit {int(count.argmin())} of {len(count)} changes nothing: "
-                         "its scenes before and after are equal")
-    success = np.where(asked, seen.contents == new[1], True).all(1) & (~ground_asked | (seen.background == new[0]))
+    count = asked.sum(1) + ground_asked                                                  # 0: impossible
+    right = np.where(asked, seen.contents == new[1], True).all(1) & (~ground_asked | (seen.background == new[0]))
+    success = right & (count > 0)
     done, ground_done = _done(seen, old, new)
-    following = ((done * asked).sum(1) + ground_done * ground_asked) / count
+    following = ((done * asked).sum(1) + ground_done * ground_asked) / count.clip(1)
 
     # what should be there: the original where no edit has been, else what the picture before shows (-1: nobody knows)
     target = np.where(old[1] == original[1], original[1], seen_before.contents)
