@@ -310,7 +310,7 @@ class Dialogue(NamedTuple):
         return [operation.kind for operation in self.operations]
 
 
-OPEN, BUILD = .6, .75         # chance that a dialogue without an open addition gets one now; that one is built on
+OPEN, BUILD = .6, .65         # chance that a dialogue without an open addition gets one now; that one is built on
 
 
 def sample_dialogue(rng, K, allowed=CONTENTS[1:]):
@@ -336,7 +336,7 @@ def sample_dialogue(rng, K, allowed=CONTENTS[1:]):
             recent = [o.kind for o in operations if o.place is not None or o.kind != "subject_add"]
             fresh = [kind for kind in KINDS if kind not in recent[-(len(KINDS) - 1):]]
             kinds = fresh if misses < 50 else KINDS
-            kind, way, key = rng.choices(kinds, [3 if kind == "subject_add" else 1 for kind in kinds])[0], "told", None
+            kind, way, key = rng.choices(kinds, [2 if kind == "subject_add" else 1 for kind in kinds])[0], "told", None
         edit = sample_edit(scenes[-1], rng, kind, allowed, way, key)
         if edit is None:
             misses += 1
