@@ -53,12 +53,26 @@ def load(spec, split="train", K=3, resolution=512, limit=None):
 
 
 def load_shapes(split, K, n, start=0):
-    """Dialogues of the embedded world; meta["scenes"] holds the K + 1 scenes that the exact judge expects."""
+    """Dialogues of the embedded world; meta holds the operations, and K + 1 scenes: the start, and a way it may go on."""
     from shapes import world
     dialogues = world.dialogues(split, n, K, start)
-    pictures = world.render([scenes[0] for _, _, scenes in dialogues])
-    return [Task(Image.fromarray(picture), instructions, kinds, {"scenes": scenes})
-            for picture, (instructions, kinds, scenes) in zip(pictures, dialogues)]
+    pictures = world.render([dialogue.scenes[0] for dialogue in dialogues])
+    tasks = []
+    for picture, dialogue in zip(pictures, dialogues):
+        meta = {"scenes": dialogue.scenes, "operations": dialogue.operations}
+        tasks.append(Task(Image.fromarray(picture), dialogue.instructions, dialogue.kinds, meta))
+    return tasks
+
+
+def resolve(task, pictures):
+    """A task of the embedded world: what its pictures (k + 1, 3, 48, 48) uint8 should show, and which turns can be done.
+
+    Returns k + 1 scenes and k truth values. The scenes depend on where the editor has put what it was free to put.
+    """
+    from shapes import world
+    pixels = pictures.permute(0, 2, 3, 1).numpy()[None]
+    (scenes,), (possible,) = world.resolve([task.meta["scenes"][0]], [task.meta["operations"]], pixels)
+    return scenes, possible.tolist()
 
 
 def read_rows(path):
@@ -101,14 +115,17 @@ def picture_task(path, instructions, kinds, where, resolution):
     return Task(read, instructions, kinds, {"where": where, "file": path}, (height, width))
 
 
-def alone(task, k):
-    """Instruction k on a clean context, as a task of one turn; None where it speaks of what an earlier one made."""
+def alone(task, k, scene=None):
+    """Instruction k on a clean context, as a task of one turn; None where it speaks of what an earlier one made.
+
+    The embedded world draws that context: `scene`, else the one that the task has planned.
+    """
     turn = {"instructions": [task.instructions[k]], "kinds": [task.kinds[k]]}
-    # the embedded world draws the scene that turn k expects, photographs have only the original
     if "scenes" in task.meta:
         from shapes import world
-        scenes = task.meta["scenes"][k:k + 2]
-        return Task(Image.fromarray(world.render(scenes[:1])[0]), meta={"scenes": scenes}, **turn)
+        scene = scene or task.meta["scenes"][k]
+        meta = {"scenes": [scene], "operations": [task.meta["operations"][k]]}
+        return Task(Image.fromarray(world.render([scene])[0]), meta=meta, **turn)
     dependent = task.meta["dependent"][k] if "dependent" in task.meta else _speaks_of_earlier(task, k)
     if dependent:
         return None

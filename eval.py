@@ -11,7 +11,11 @@ s_ik = did turn k of dialogue i succeed (the judge's `success`, else following >
 M_k  = mean_i s_ik                     marginal success           CC_k = mean_i consistency_ik, against the original
 IF_k = mean_i prod_{j<=k} s_ij         cumulative success         O_k  = sqrt(IF_k CC_k), overall
 C_k  = IF_k / IF_{k-1}                 conditional success        flatness = M_K / M_1
-EB_k = M_k on a clean context - M_k on own outputs, same tasks: the exposure-bias gap
+What was lost, over the dialogues in which all turns before k were right (embedded world; of files, over all turns
+that can be probed):  IF_k = prod_{j<=k} possible_j (M_clean_j + wear_j)
+possible_k = share in which turn k can still be done after what the editor chose        lost for want of room
+M_clean_k  = of these, success on a clean picture of the same scene, same noise         lost for want of skill
+wear_k     = success on own outputs - M_clean_k, same dialogues                         lost by exposure bias
 All arms see the same tasks and noise. Intervals: paired bootstrap over tasks, the seeds of a task stay together.
 """
 import json
@@ -39,8 +43,10 @@ from data import option, read_json
 from rollout import Task, rollout
 
 NOTHING = "Change nothing"
+NOTHING_TASKS = 100    # that are told so at most: drift hardly differs from one to another
 GAP = 10               # pixels between the pictures of a contact sheet
 COPIED = 16, .005      # a turn is a copy if under .5 % of its picture's 64 x 64 blocks change by more than 16 of 255
+SHOWN = "M", "IF", "CC", "O", "possible", "M_clean", "wear"       # in the console's table
 JUDGE = ("judge", "rubric", "reasoning", "votes")
 
 
@@ -51,9 +57,10 @@ class Scores:
     """What one arm, a set of weights, did on n tasks of K turns. NaN = unknown."""
     success: torch.Tensor                             # (seeds, n, K), 0 or 1
     consistency: torch.Tensor                         # (seeds, n, K, parts), with the original, in 0..1
-    measured: dict = field(default_factory=dict)      # (seeds, n, K) of some of: copied, drift, nothing, clean
+    measured: dict = field(default_factory=dict)      # (seeds, n, K) of some of: copied, drift, nothing, clean, possible
     rewards: dict = field(default_factory=dict)       # (seeds, n, K) of each of the judge's rewards
     pictures: Callable | None = None                  # row of a task -> (K+1, 3, H, W) uint8, of the first seed
+    places: list | None = None                        # how many first open additions stand in each of the 9 cells
 
 
 @dataclass
@@ -76,31 +83,84 @@ def picture_file(folder, seed, part, name, k):
 
 
 def make_plan(tasks, K, seeds=1, probes=0, folder=None, file_of=picture_file):
-    """All that an arm is sampled on, [Dialogue]; clean and nothing on `probes` of the tasks, evenly spread."""
-    n, plan = len(tasks), []
+    """All that an arm is sampled on before anything is known of its outputs, [Dialogue].
 
-    def add(seed, part, row, task, turns):
-        name = tasks[row].meta.get("index", row)
-        files = [file_of(folder, seed, part, name, k) for k in turns] if folder else []
-        lines = [None] * len(turns)
-        plan.append(Dialogue(seed, part, row, name, task, turns, files, lines))
-
-    # Probes spread over the tasks: the first so many of a file may be of one kind.
-    probed = range(n)
-    if probes < n:
-        probed = sorted({i * n // probes for i in range(probes)})
+    The passes clean (of files; the embedded world's is planned by `plan_clean`) and nothing are made of `probes` of the
+    tasks, evenly spread, nothing of NOTHING_TASKS at most.
+    """
+    plan = []
     for seed in range(seeds):
-        for row in range(n):
-            add(seed, "own", row, tasks[row], range(K))
+        for row, task in enumerate(tasks):
+            plan.append(new_dialogue(seed, "own", row, tasks[row], task, range(K), folder, file_of))
         for k in range(1, K):
-            for row in probed:
-                alone = data.alone(tasks[row], k)
+            for row in spread(len(tasks), probes):
+                alone = None if "operations" in tasks[row].meta else data.alone(tasks[row], k)
                 if alone:
-                    add(seed, "clean", row, alone, range(k, k + 1))
-        for row in probed:
-            still = Task(tasks[row].image, [NOTHING] * K, [""] * K, size=tasks[row].size)
-            add(seed, "nothing", row, still, range(K))
+                    plan.append(new_dialogue(seed, "clean", row, tasks[row], alone, range(k, k + 1), folder, file_of))
+        for row in spread(len(tasks), min(probes, NOTHING_TASKS)):
+            task = tasks[row]
+            still = Task(task.image, [NOTHING] * K, [""] * K, size=task.size)
+            plan.append(new_dialogue(seed, "nothing", row, task, still, range(K), folder, file_of))
     return plan
+
+
+def new_dialogue(seed, part, row, of, task, turns, folder, file_of):
+    """A Dialogue: `task` is what is sampled, `of` the task of that row."""
+    name = of.meta.get("index", row)
+    files = [file_of(folder, seed, part, name, k) for k in turns] if folder else []
+    return Dialogue(seed, part, row, name, task, turns, files, [None] * len(turns))
+
+
+def spread(n, count):
+    """`count` of n rows, evenly spread: the first so many of a file may be of one kind."""
+    return range(n) if count >= n else sorted({i * n // count for i in range(count)})
+
+
+def plan_clean(plan, tasks, probes, names, folder=None, file_of=picture_file):
+    """The pass clean of the embedded world, planned on an arm's own outputs: [Dialogue].
+
+    Turn k of a dialogue whose turns before were all right (names: of the rewards that say so; None = all count), if it
+    is possible still, on a picture of the scene that these turns have made, with the same noise.
+    """
+    probed, clean = set(spread(len(tasks), probes)), []
+    for d in plan:
+        if d.part != "own" or d.row not in probed or "operations" not in d.task.meta:
+            continue
+        scenes, possible = data.resolve(d.task, load_pictures(d))
+        for k in d.turns[:-1]:
+            if names and not was_right(d.lines[k], names):
+                break
+            if possible[k + 1]:
+                alone = data.alone(d.task, k + 1, scenes[k + 1])
+                clean.append(new_dialogue(d.seed, "clean", d.row, d.task, alone, range(k + 1, k + 2), folder, file_of))
+    return sorted(clean, key=lambda d: (d.seed, d.turns.start, d.row))
+
+
+def read_plan(tasks, K, seeds, probes, folder, fingerprint, names):
+    """All that an arm is sampled on, with what its folder has of it -> [Dialogue], and whether no picture is missing.
+
+    names: of the rewards of the judge of this fingerprint; both None without a judge.
+    """
+    def pictured(plan):
+        return all(file.is_file() for d in plan for file in d.files)
+
+    plan = make_plan(tasks, K, seeds, probes, folder)
+    read_scores(folder, fingerprint, plan)
+    if not pictured(plan):
+        return plan, False
+    # what is sampled next depends on its own outputs, and on what was said of them
+    own = [d for d in plan if d.part == "own" and "operations" in d.task.meta]
+    if names and not all(is_whole(line) for d in own for line in d.lines):
+        return plan, False
+    clean = plan_clean(plan, tasks, probes, names, folder)
+    read_scores(folder, fingerprint, clean)
+    return plan + clean, pictured(clean)
+
+
+def was_right(line, names):
+    """Did a turn succeed, by its line of scores? Not, where the judge failed."""
+    r = [math.nan if line is None or line.get(name) is None else line[name] for name in names]
+    return successes(torch.tensor(r), names).item() == 1
 
 
 def sample_turns(editor, group, T, on_turn):
@@ -121,13 +181,30 @@ def evaluate(editor, judge, tasks, K, T, seeds=1, batch=100, probes=0, folder=No
     None where every picture is there. `file_of` says where a picture lies, `sample` makes those of a [Dialogue]: they
     are called like picture_file and sample_turns. ValueError if pictures are missing or of another size than expected.
     """
-    plan = make_plan(tasks, K, seeds, probes, folder, file_of)
     shared = folder is not None and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
-    if folder and judge:
-        read_scores(folder, judge.fingerprint, plan)
 
-    # Batch by batch: make the pictures or load them, and judge them while the next turn is made.
+    def do(plan, desc):
+        """Make and judge what is missing; on return all of it is known to every process."""
+        if folder and judge:
+            read_scores(folder, judge.fingerprint, plan)
+        carry_out(editor, judge, plan, T, batch, folder, desc, progress, sample, shared)
+        if shared:
+            # once all have come here, the others' pictures and scores are on disk
+            dist.barrier()
+            if judge:
+                read_scores(folder, judge.fingerprint, plan)
+
+    plan = make_plan(tasks, K, seeds, probes, folder, file_of)
+    do(plan, desc)
+    clean = plan_clean(plan, tasks, probes, judge and judge.names, folder, file_of)
+    if clean:
+        do(clean, f"{desc}, clean")
+    return collect(plan + clean, judge.names) if judge else None
+
+
+def carry_out(editor, judge, plan, T, batch, folder, desc, progress, sample, shared):
+    """This process's share of a plan, batch by batch: make the pictures or load them, judge them meanwhile."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
     work = find_work(plan[rank::world], judge, batch)
     turns = sum(len(d.turns) for _, group in work for d in group)
     silent = not progress or rank > 0 or not turns
@@ -158,14 +235,6 @@ def evaluate(editor, judge, tasks, K, T, seeds=1, batch=100, probes=0, folder=No
                 if folder:
                     append_lines(Path(folder) / ("scores.jsonl" if world == 1 else f"scores-{rank}.jsonl"), lines)
 
-    if not judge:
-        return None
-    if shared:
-        # once all have come here, the others' scores are on disk
-        dist.barrier()
-        read_scores(folder, judge.fingerprint, plan)
-    return collect(plan, judge.names)
-
 
 def find_work(plan, judge, batch):
     """What of a plan is not done: [(are all pictures there, [Dialogue] of one pass, seed and picture size)]."""
@@ -190,7 +259,7 @@ def keep_pictures(group, pictures):
         for picture, file in zip(dialogue[1:], d.files):
             image = Image.fromarray(picture.permute(1, 2, 0).numpy())
             model.write_whole(file, lambda path: image.save(path, "PNG", compress_level=1))
-        if not d.files and d.part == "own" and d.seed == 0:
+        if not d.files and d.part == "own":
             d.pictures = dialogue
 
 
@@ -285,7 +354,7 @@ def append_lines(file, lines):
 def collect(plan, names):
     """The lines of a plan -> Scores; names are the judge's rewards. ValueError if a turn has no line."""
     n = 1 + max(d.row for d in plan)
-    shape = 1 + plan[-1].seed, n, plan[0].turns.stop
+    shape = 1 + max(d.seed for d in plan), n, plan[0].turns.stop
     tables = defaultdict(lambda: torch.full(shape, math.nan, dtype=torch.float64))     # (pass, column) -> values
     for d in plan:
         for k, line in zip(d.turns, d.lines):
@@ -304,14 +373,34 @@ def collect(plan, names):
     parts = {d.part for d in plan}
     if "nothing" in parts:
         measured["nothing"] = tables["nothing", "drift"]
+    own = success("own")
     if "clean" in parts:
-        probed = ~measured["nothing"][..., 0].isnan()
         # turn 1 is its own clean context
         clean = measured["clean"] = success("clean")
-        clean[..., 0] = success("own")[..., 0].where(probed, math.nan)
+        clean[..., 0] = own[..., 0]
+        kept = measured["kept_clean"] = tables["clean", "consistency"]
+        kept[..., 0] = tables["own", "consistency"][..., 0]
+    if "possible" in names:
+        # of the dialogues that were right so far
+        so_far = F.pad(own[..., :-1].cumprod(2), (1, 0), value=1.)
+        measured["possible"] = tables["own", "possible"].where(so_far == 1, math.nan)
     rewards = {name: tables["own", name] for name in names}
     consistency = tables["own", "consistency"][..., None]
-    return Scores(success("own"), consistency, measured, rewards, lambda row: load_pictures(plan[row]))
+    return Scores(own, consistency, measured, rewards, lambda row: load_pictures(plan[row]), count_places(plan, own))
+
+
+def count_places(plan, success):
+    """Where the first open addition of dialogues stands, if it was drawn right: 9 counts; None without any."""
+    from shapes.world import GRID
+    counts = [0] * GRID ** 2
+    for d in plan:
+        operations = d.task.meta.get("operations", []) if d.part == "own" else []
+        first = next((k for k in d.turns if k < len(operations) and operations[k].open), None)
+        if first is not None and success[d.seed, d.row, first] == 1:
+            scenes, _ = data.resolve(d.task, load_pictures(d))
+            changed = [a != b for a, b in zip(scenes[first].cells, scenes[first + 1].cells)]
+            counts[changed.index(True)] += 1
+    return counts if any(counts) else None
 
 
 # ----------------------------------------------------------------------------------------------------------- measure
@@ -337,11 +426,14 @@ def moments(scores, kinds):
     values = {"M": s, "IF": s.cumprod(2), **scores.measured}
     for i, part in enumerate(scores.consistency.unbind(3)):
         values[f"CC{i}"] = part
-    # The exposure-bias gap is of two means over the same turns.
+    # Wear is a difference of two means over the same turns.
     if "clean" in values:
         clean = values["clean"].double()
         values["clean"] = clean.where(~s.isnan(), math.nan)
         values["self"] = s.where(~clean.isnan(), math.nan)
+        for name in ("clean", "self"):
+            later = values[name][..., 1:]
+            values[f"{name}_later"] = later.transpose(1, 2).flatten(0, 1)[..., None]
     # Marginal success of each edit type: turn by turn, and of all turns together.
     for kind in sorted({kind for row in kinds for kind in row} - {""}):
         here = torch.tensor([[k == kind for k in row] for row in kinds])
@@ -366,7 +458,10 @@ def metrics(parts, w):
     found |= {"C": IF / before, "CC": CC, "O": (IF * CC).sqrt(), "flatness": M[:, -1:] / M[:, :1]}
     if "clean" in found:
         clean, own = found.pop("clean"), found.pop("self")
-        found |= {"M_clean": clean, "M_self": own, "EB": clean - own}
+        found |= {"M_clean": clean, "M_self": own, "wear": own - clean, "CC_clean": found.pop("kept_clean")}
+        found["wear_pooled"] = found.pop("self_later") - found.pop("clean_later")          # of turns 2 to K
+    if "possible" in found:
+        found["room"] = found["possible"].cumprod(1)                                       # all turns so far
     return found
 
 
@@ -445,6 +540,8 @@ def summarise(arms, tasks, samples=10_000):
             failed = torch.stack([r.isnan() for r in scores.rewards.values()]).any(0)
             found["judge_failed"] = failed.double().mean().item()
             found["rewards"] = {name: r.flatten(0, 1).nanmean(0).tolist() for name, r in scores.rewards.items()}
+        if scores.places:
+            found["places"] = scores.places
 
     # Every arm against the base, on the same resamples: the interval is paired.
     for arm in list(arms)[1:]:
@@ -475,12 +572,12 @@ def table(result):
     """The console's table: a row for each turn and metric, every arm, and its difference from the base."""
     arms, differences = result["arms"], result["differences"]
     base, width = next(iter(arms)), max(9, *(len(arm) + 2 for arm in arms))
-    header = "turn  metric  " + "".join(f"{arm:>{width}}" for arm in arms)
+    header = "turn  metric    " + "".join(f"{arm:>{width}}" for arm in arms)
     header += "".join(f"    {f'{arm} - {base} [95 %]':<32}" for arm in differences)
     lines = [header]
     for k in range(len(arms[base]["O"])):
-        for metric in ("M", "IF", "CC", "O"):
-            line = f"{k + 1:>4}  {metric:<6}  "
+        for metric in [name for name in SHOWN if name in arms[base]]:
+            line = f"{k + 1:>4}  {metric:<8}  "
             for values in arms.values():
                 line += f"{shown(values[metric][k], '.3f'):>{width}}"
             for d in differences.values():
@@ -568,7 +665,8 @@ class Settings:
     reasoning: str = option("logits", "how a VLM scores (default: the run's)", choices=["logits", "direct", "think"])
     votes: int = option(1, "answers of a VLM averaged for a score (default: the run's)", low=1)
     tasks: int = option(None, "number of tasks (default: 500 of shapes, all of a file)", low=1)
-    probes: int = option(100, "tasks for the exposure-bias gap and the drift; 0 = none (default: 100)", low=0)
+    probes: int = option(None, "tasks for M_clean and wear, and for the drift; 0 = none (default: all of shapes, 100)",
+                         low=0)
     turns: int = option(3, "K, edits in a row (default: the run's, else 3)", low=1)
     denoise: int = option(None, "T, steps per turn (default: the run's --eval-denoise, else 8 for shapes, 28)", low=1)
     guidance: float = option(None, "guidance scale (default: the run's, else the family's)", low=0)
@@ -611,9 +709,10 @@ def settle(flags):
 
     # Defaults that depend on the data.
     if source == "shapes":
-        depends = {"split": "test", "tasks": 500, "denoise": 8, "batch": 100}
+        depends = {"split": "test", "tasks": 500, "probes": flags.get("tasks", 500), "denoise": 8, "batch": 100}
     else:
-        depends = {"split": "val" if source == trained_on else "all", "denoise": 28, "batch": 4}
+        depends = {"split": "val" if source == trained_on else "all", "probes": 100, "denoise": 28,
+                   "batch": 4}
     chosen = depends | config | flags
     return Settings(**chosen | {"lora": name_loras(chosen.get("lora", []))})
 
@@ -724,8 +823,9 @@ def main(argv=None):
     arms = dict.fromkeys(["base", *settings.lora])
     for arm in [*settings.lora, "base"]:
         folder, editor = out / "arms" / arm, None
-        plan = make_plan(tasks, settings.turns, settings.seeds, settings.probes, folder)
-        if not all(picture.is_file() for d in plan for picture in d.files):
+        known = (judge.fingerprint, judge.names) if judge else (None, None)
+        _, complete = read_plan(tasks, settings.turns, settings.seeds, settings.probes, folder, *known)
+        if not complete:
             editor = load_arm(settings, arm, {task.size for task in tasks}, device)
         if rank == 0 and not any(arms.values()):
             # once more, since a hub id is known by its content only now that it is here

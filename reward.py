@@ -146,25 +146,28 @@ class Judge:
 
 
 class ExactJudge(Judge):
-    """The embedded world's own judge (shapes/world.py): needs tasks with meta["scenes"]."""
-    names = ["following", "consistency", "success"]    # graded IF, CC, and IF as 0 or 1
-    weights = [.8, .2, 0.]                             # graded scores only: groups of equal 0s and 1s teach nothing
+    """The embedded world's own judge (shapes/world.py): needs tasks with meta["scenes"] and meta["operations"]."""
+    # graded IF, CC, IF as 0 or 1, and whether the turn could be done after what the editor had chosen
+    names = ["following", "consistency", "success", "possible"]
+    weights = [.8, .2, 0., 0.]                         # graded scores only: groups of equal 0s and 1s teach nothing
 
     def __init__(self):
         source = Path(__file__).parent / "shapes" / "world.py"
         self.fingerprint = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
 
     def check(self, tasks):
-        if any("scenes" not in task.meta for task in tasks):
+        if any("operations" not in task.meta for task in tasks):
             raise ValueError("--judge exact knows the embedded world only; other pictures need a vision-language model")
 
     def rewards(self, tasks, images, k):
         from shapes import world
         self.check(tasks)
         pixels = images.permute(0, 1, 3, 4, 2).numpy()
-        scenes = [task.meta["scenes"][:k + 2] for task in tasks]
+        starts, operations = ([task.meta[name] for task in tasks] for name in ("scenes", "operations"))
+        scenes, possible = world.resolve([start[0] for start in starts], operations, pixels[:, :k + 2])
         success, following, consistency = world.judge(pixels[:, k + 1], pixels[:, k], scenes)
-        return torch.from_numpy(np.stack([following, consistency, success], 1))
+        possible = possible[:, k].astype(np.float32)
+        return torch.from_numpy(np.stack([following, consistency, success, possible], 1))
 
 
 class VLMJudge(Judge):

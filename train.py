@@ -644,17 +644,17 @@ def interruptible(loud=True):
 def closing_table(run, cfg):
     """Base against tuned on the validation tasks, same noise: validation.json, a contact sheet, a table.
 
-    By rank 0. Where the base is spread over the processes, the others make the same pictures, and judge nothing.
+    By rank 0. Where the base is spread over the processes, the others do the same, and write nothing.
     """
     editor, val, first = run.editor, run.val, run.share.rank == 0
     out, arms = Path(cfg.out), {}
-    judge = (run.referee or run.judge) if first else None
+    judge = run.referee or run.judge
     before = "start" if cfg.lora else "base"                 # with --lora, training did not start from the base
     editor.fast = False                                      # in float32, as eval.py
     for arm, name in ((before, "ref"), ("tuned", "ema")):
         with editor.using(name):
             arms[arm] = evaluation.evaluate(editor, judge, val, cfg.turns, cfg.eval_denoise, batch=cfg.micro or 100,
-                                            desc=f"validate {arm}", progress=first)
+                                            probes=len(val), desc=f"validate {arm}", progress=first)
     if not first:
         return
     result = evaluation.summarise(arms, val)
@@ -729,7 +729,7 @@ def load_judges(cfg, device, tasks):
     judge.check(tasks)
     name = cfg.referee
     if not name:
-        name = "exact" if cfg.judge != "exact" and all("scenes" in task.meta for task in tasks) else "none"
+        name = "exact" if cfg.judge != "exact" and all("operations" in task.meta for task in tasks) else "none"
     if name == "none":
         return judge, None
     try:

@@ -432,8 +432,7 @@ def read_evaluation(out):
     arms = {}
     for arm in ("base", *settings.lora):
         folder = out / "arms" / arm
-        plan = evaluation.make_plan(tasks, settings.turns, settings.seeds, settings.probes, folder)
-        evaluation.read_scores(folder, fingerprint, plan)
+        plan, _ = evaluation.read_plan(tasks, settings.turns, settings.seeds, settings.probes, folder, fingerprint, names)
         arms[arm] = evaluation.collect(plan, names)
     return settings, arms, tasks
 

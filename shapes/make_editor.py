@@ -161,8 +161,8 @@ def build_tokenizers():
     """A BPE tokenizer (CLIP's kind) and a unigram one (T5's kind) over the world's own words; letters as a fallback."""
     from transformers import T5Tokenizer
     found = set()
-    for instructions, _, _ in world.dialogues("train", 5000, 3):
-        for text in instructions:
+    for dialogue in world.dialogues("train", 5000, 3):
+        for text in dialogue.instructions:
             found.update(text.split())
     words = sorted(found)
     letters = list("abcdefghijklmnopqrstuvwxyz")
@@ -236,14 +236,14 @@ def encode_dialogues(pipe, n, work):
     z, texts = [], []
     for start in tqdm(range(0, n, 100), desc="encode"):
         batch = world.dialogues("train", min(100, n - start), 3, start=FIRST_DIALOGUE + start)
-        scenes = [scene for _, _, scenes in batch for scene in scenes]
+        scenes = [scene for dialogue in batch for scene in dialogue.scenes]
         with torch.autocast("cpu", torch.bfloat16):
             latent = pipe.vae.encode(pixels(scenes)).latent_dist.mode()
         # a cell of the grid is 2 x 2 latent pixels, one token
         side = 2 * world.GRID
         tokens = pipe._pack_latents(latent.contiguous(), len(latent), VAE["latent_channels"], side, side)
         z.append(tokens.half())
-        texts += [text for instructions, _, _ in batch for text in instructions]
+        texts += [text for dialogue in batch for text in dialogue.instructions]
 
     ids = []
     for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
