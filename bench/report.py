@@ -429,10 +429,11 @@ def read_evaluation(out):
     tasks = data.load(settings.data, settings.split, settings.turns, settings.resolution, settings.tasks)
     made_of = data.read_made_of(out / "settings.json")
     evaluation.refuse_other(made_of, evaluation.made_of_tasks(tasks, settings.turns), out)
-    arms = {}
+    if settings.probes is None:
+        raise ValueError(f"{out / 'settings.json'} does not say how many probes there are")
+    sampled, arms = (tasks, settings.turns, settings.seeds, settings.probes), {}
     for arm in ("base", *settings.lora):
-        folder = out / "arms" / arm
-        plan, _ = evaluation.read_plan(tasks, settings.turns, settings.seeds, settings.probes, folder, fingerprint, names)
+        plan, _ = evaluation.read_plan(*sampled, out / "arms" / arm, fingerprint, names)
         arms[arm] = evaluation.collect(plan, names)
     return settings, arms, tasks
 
