@@ -499,7 +499,8 @@ def losses(judge, readers, questions, image, zero):
                           output_hidden_states=True)
         spoken = questions.labels[:, 1:] != -100
         logits = judge.lm_head(out.last_hidden_state[:, :-1][spoken]).float()
-        seen = readers["seen"](torch.cat(list(out.image_hidden_states))).float()
+        cells = torch.cat(list(out.image_hidden_states)).view(-1, judge.config.text_config.hidden_size)
+        seen = readers["seen"](cells).float()
         count = (ids == image).cumsum(1)
         last_picture = (ids == image) & (count > count[:, -1:] - 9)
         should = readers["should"](out.hidden_states[-3][last_picture]).float()
