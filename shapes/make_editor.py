@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from data import Parser, run_main
-from model import write_whole
+from model import multiplies_in_bfloat16, write_whole
 from shapes import world
 
 HERE = Path(__file__).parent
@@ -108,10 +108,10 @@ def train_vae(work, steps, batch=16, lr=1.5e-3):
 
     bar = tqdm(range(saved["step"], steps), initial=saved["step"], total=steps, desc="vae")
     for step in bar:
-        # reconstruct, in bfloat16
+        # reconstruct, in bfloat16 where that is faster
         rng = random.Random(f"vae {step}")
         x = pixels([crowd(rng) for _ in range(batch)])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_in_bfloat16("cpu")):
             latent = vae.encode(x).latent_dist
             y = vae.decode(latent.sample()).sample
 
@@ -237,7 +237,7 @@ def encode_dialogues(pipe, n, work):
     for start in tqdm(range(0, n, 100), desc="encode"):
         batch = world.dialogues("train", min(100, n - start), 3, start=FIRST_DIALOGUE + start)
         scenes = [scene for _, _, scenes in batch for scene in scenes]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_in_bfloat16("cpu")):
             latent = pipe.vae.encode(pixels(scenes)).latent_dist.mode()
         # a cell of the grid is 2 x 2 latent pixels, one token
         side = 2 * world.GRID

@@ -463,7 +463,7 @@ def answer_losses(logits, questions, zero):
 def losses(judge, readers, questions, image, zero):
     """All losses of a batch {name: loss}: score and words of the answers; seen, should and right of the readers."""
     ids = questions.ids
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=model.multiplies_in_bfloat16("cpu")):
         out = judge.model(input_ids=ids, attention_mask=questions.mask, pixel_values=questions.pixels,
                           output_hidden_states=True)
         spoken = questions.labels[:, 1:] != -100

@@ -752,3 +752,12 @@ def test_a_large_file_is_looked_at_from_end_to_end(tmp_path):
             content.write(b"x")
         seen.add(model.fingerprint(file))
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("amx, avx512_bf16, device, yes", [
+    (True, True, "cpu", True), (False, True, "cpu", False), (True, True, "cuda", False)])
+def test_a_cpu_multiplies_in_bfloat16_only_with_amx(amx, avx512_bf16, device, yes, monkeypatch):
+    """Catches: bfloat16 on CPUs that have instructions for it and are slower with them."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16, raising=False)
+    assert model.multiplies_in_bfloat16(device) == yes
