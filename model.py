@@ -33,12 +33,22 @@ CHUNK = 16 * 48 * 48     # pixels that a CPU puts through a VAE at a time
 
 
 def multiplies_in_bfloat16(device):
-    """Is it a CPU with AMX? Others may be slower in bfloat16 than in float32, also those with avx512_bf16 (results.md).
+    """Is it a CPU that is faster in bfloat16 than in float32? One with AMX, or AMD's with avx512_bf16 (results.md).
 
-    A look at the CPU's flags and no measurement: a resumed run must compute the same bits.
+    Intel's with avx512_bf16 and without AMX is slower. A look at flags and no measurement: a resumed run must compute
+    the same bits.
     """
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return torch.device(device).type == "cpu" and has_amx is not None and has_amx()
+    def has(feature):
+        check = getattr(torch.cpu, f"_is_{feature}_supported", None)
+        return check is not None and check()
+    on_cpu = torch.device(device).type == "cpu"
+    return on_cpu and (has("amx_tile") or has("avx512_bf16") and made_by_amd())
+
+
+def made_by_amd():
+    """Is it AMD's CPU? Linux tells; elsewhere no."""
+    listed = Path("/proc/cpuinfo")
+    return listed.exists() and "AuthenticAMD" in listed.read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------ editors
