@@ -26,7 +26,7 @@ from data import Parser, run_main
 from model import write_whole
 from rollout import Task, rollout
 from shapes import world
-from shapes.make_editor import SAVE_EVERY, find_device, load_progress, muon_and_adamw, save_progress, scheduled
+from shapes.make_editor import SAVE_EVERY, faster, find_device, load_progress, muon_and_adamw, save_progress, scheduled
 
 HERE = Path(__file__).parent
 REWARDS = ("following", "consistency")
@@ -494,7 +494,7 @@ def answer_losses(logits, questions, zero):
 def losses(judge, readers, questions, image, zero):
     """All losses of a batch {name: loss}: score and words of the answers; seen, should and right of the readers."""
     ids = questions.ids
-    with torch.autocast(ids.device.type, torch.bfloat16):
+    with faster(ids.device):
         out = judge.model(input_ids=ids, attention_mask=questions.mask, pixel_values=questions.pixels,
                           output_hidden_states=True)
         spoken = questions.labels[:, 1:] != -100
