@@ -65,7 +65,7 @@ def load(spec, device="cpu", rubric="", reasoning="logits", votes=1, scoring="tu
     rubric: JSON file of prompts in place of RUBRICS. reasoning: logits (expectation over the ten digits, one forward) |
     direct (a generated digit) | think (a text that ends with the score). votes: answers averaged, drawn if several.
     scoring: turn | trajectory. workers: requests under way, or rows in a forward. ValueError: no such judge, or wishes
-    that contradict each other. bf16: a CPU that multiplies in bfloat16 does.
+    that contradict each other. bf16: a CPU that is faster in bfloat16 multiplies in it.
     """
     asking = rubric, scoring, reasoning, votes, workers
     problems = {

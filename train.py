@@ -80,7 +80,7 @@ class Config:
     denoise: int = option(6, "T, denoising steps per turn in training", low=1)
     eval_denoise: int = option(8, "T in evaluation", low=1)
     shared_noise: bool = option(True, "samples of a group start each turn from the same noise (GRPO)")
-    bf16: bool = option(True, "a CPU that multiplies in bfloat16 does so: faster, and batches round in their own way")
+    bf16: bool = option(True, "a CPU that is faster in bfloat16 multiplies in it; batches round in their own way then")
     micro: int = option(0, "rows in one forward, in rollout and update alike; 0 = all rows of an update", low=0)
 
     judge: str = option("shapes/judge", "'exact' (embedded world), a vision-language model's folder or hub id, or "

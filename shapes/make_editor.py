@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from data import Parser, run_main
-from model import write_whole
+from model import multiplies_in_bfloat16, write_whole
 from shapes import world
 
 HERE = Path(__file__).parent
@@ -37,6 +37,17 @@ def pixels(scenes):
     pictures = torch.from_numpy(world.render(scenes)).permute(0, 3, 1, 2)
     x = pictures.float() / 127.5 - 1
     return x.to(memory_format=torch.channels_last)
+
+
+def find_device():
+    """A GPU, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def faster(device):
+    """A context in which products are made in bfloat16, where that is faster."""
+    pays = device.type == "cuda" or multiplies_in_bfloat16(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=pays)
 
 
 def muon_and_adamw(params, hidden, lr):
@@ -97,7 +108,8 @@ def build_vae():
 
 def train_vae(work, steps, batch=16, lr=1.5e-3):
     """Reconstruct crowded scenes; the learning rate falls to 2 % on the way. Returns the VAE."""
-    vae = build_vae()
+    device = find_device()
+    vae = build_vae().to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr, betas=(.9, .99), weight_decay=1e-4)
     schedules = scheduled({"vae": optimizer}, lambda i: min((i + 1) / 50, 1.02 - i / steps))
     parts = {"vae": vae, "optimizer": optimizer, **schedules}
@@ -110,8 +122,8 @@ def train_vae(work, steps, batch=16, lr=1.5e-3):
     for step in bar:
         # reconstruct, in bfloat16
         rng = random.Random(f"vae {step}")
-        x = pixels([crowd(rng) for _ in range(batch)])
-        with torch.autocast("cpu", torch.bfloat16):
+        x = pixels([crowd(rng) for _ in range(batch)]).to(device)
+        with faster(device):
             latent = vae.encode(x).latent_dist
             y = vae.decode(latent.sample()).sample
 
@@ -131,7 +143,7 @@ def train_vae(work, steps, batch=16, lr=1.5e-3):
             bar.set_postfix(l1=f"{l1:.4f}", mse=f"{l2:.5f}", kl=f"{kl:.2f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_progress(work / "vae.pt", step + 1, parts, rng=torch.get_rng_state())
-    return vae
+    return vae.cpu()
 
 
 @torch.no_grad()
@@ -233,18 +245,20 @@ def encode_dialogues(pipe, n, work):
     cache = work / "latents.pt"
     if cache.exists():
         return torch.load(cache, weights_only=True)
-    z, texts = [], []
+    device, z, texts = find_device(), [], []
+    pipe.vae.to(device)
     for start in tqdm(range(0, n, 100), desc="encode"):
         batch = world.dialogues("train", min(100, n - start), 3, start=FIRST_DIALOGUE + start)
         scenes = [scene for dialogue in batch for scene in dialogue.scenes]
-        with torch.autocast("cpu", torch.bfloat16):
-            latent = pipe.vae.encode(pixels(scenes)).latent_dist.mode()
+        with faster(device):
+            latent = pipe.vae.encode(pixels(scenes).to(device)).latent_dist.mode()
         # a cell of the grid is 2 x 2 latent pixels, one token
         side = 2 * world.GRID
         tokens = pipe._pack_latents(latent.contiguous(), len(latent), VAE["latent_channels"], side, side)
-        z.append(tokens.half())
+        z.append(tokens.half().cpu())
         texts += [text for dialogue in batch for text in dialogue.instructions]
 
+    pipe.vae.cpu()
     ids = []
     for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
         tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
@@ -258,13 +272,15 @@ def flow_loss(pipe, context, x_0, eps, t, clip_ids, t5_ids):
     """Flow matching: the transformer at x_t should say v = eps - x_0. Latents (n, 9, 64), t (n,), token ids (n, L)."""
     share = t[:, None, None]
     x_t = (1 - share) * x_0 + share * eps
-    ids = pipe._prepare_latent_image_ids(1, world.GRID, world.GRID, "cpu", torch.float32)
-    img_ids = torch.cat([ids, ids + torch.tensor([1., 0, 0])])      # the context's first id is 1, as in Kontext
+    device = x_0.device
+    ids = pipe._prepare_latent_image_ids(1, world.GRID, world.GRID, device, torch.float32)
+    of_context = torch.tensor([1., 0, 0], device=device)            # its first id is 1, as in Kontext
+    img_ids = torch.cat([ids, ids + of_context])
     v = pipe.transformer(
         hidden_states=torch.cat([x_t, context], 1), timestep=t, img_ids=img_ids,
         pooled_projections=pipe.text_encoder(clip_ids).pooler_output,
         encoder_hidden_states=pipe.text_encoder_2(t5_ids)[0],
-        txt_ids=torch.zeros(t5_ids.shape[1], 3), return_dict=False)[0]
+        txt_ids=torch.zeros(t5_ids.shape[1], 3, device=device), return_dict=False)[0]
     v = v[:, :x_0.shape[1]]
     return (v - (eps - x_0)).square().mean()
 
@@ -279,8 +295,9 @@ def train_flow(work, vae, steps, batch=128, lr=2e-3):
     z = (z.float() - vae.config.shift_factor) * vae.config.scaling_factor
 
     # what is trained, and how
+    device = find_device()
     models = {"transformer": pipe.transformer, "clip": pipe.text_encoder, "t5": pipe.text_encoder_2}
-    models = torch.nn.ModuleDict(models).requires_grad_(True).train()
+    models = torch.nn.ModuleDict(models).requires_grad_(True).train().to(device)
     params = dict(models.named_parameters())
     blocks = [name for name in params if "transformer_blocks" in name and "norm" not in name]
     optimizers = muon_and_adamw(params, [name for name in blocks if params[name].ndim == 2], lr)
@@ -303,7 +320,8 @@ def train_flow(work, vae, steps, batch=128, lr=2e-3):
         context, x_0 = z[row, turn], z[row, turn + 1]
         eps = torch.randn(x_0.shape, generator=generator)
         t = torch.sigmoid(torch.randn(batch, generator=generator) + .5)
-        loss = flow_loss(pipe, context, x_0, eps, t, clip_ids[row, turn], t5_ids[row, turn])
+        drawn = context, x_0, eps, t, clip_ids[row, turn], t5_ids[row, turn]
+        loss = flow_loss(pipe, *(part.to(device) for part in drawn))
 
         models.zero_grad()
         loss.backward()
@@ -319,7 +337,7 @@ def train_flow(work, vae, steps, batch=128, lr=2e-3):
             save_progress(work / "flow.pt", step + 1, parts, ema=ema, generator=generator.get_state())
     with torch.no_grad():
         torch._foreach_copy_(params, ema)
-    return pipe
+    return pipe.to("cpu")
 
 
 def main():

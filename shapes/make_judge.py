@@ -7,6 +7,7 @@ The result is a LLaVA folder (CLIP vision tower, Llama). The exact judge gives t
 editor's own outputs, half are drawn by a careless editor made by hand (`botch`). About 40 minutes on one core.
 """
 import argparse
+import os
 import random
 import re
 import time
@@ -25,7 +26,7 @@ from data import Parser, run_main
 from model import write_whole
 from rollout import Task, rollout
 from shapes import world
-from shapes.make_editor import SAVE_EVERY, load_progress, muon_and_adamw, save_progress, scheduled
+from shapes.make_editor import SAVE_EVERY, faster, find_device, load_progress, muon_and_adamw, save_progress, scheduled
 
 HERE = Path(__file__).parent
 REWARDS = ("following", "consistency")
@@ -131,20 +132,20 @@ def botch(rng, scenes):
 
 
 def edited(tasks, split, start):
-    """Pictures (n, 4, 3, 48, 48) uint8 of the base editor, 50 dialogues at a time.
+    """Pictures (n, 4, 3, 48, 48) uint8 of the base editor, 250 dialogues at a time.
 
     It samples as in training (stochastic steps too) and as in evaluation, with 6 to 8 steps.
     """
-    editor = model.load(str(HERE / "editor"))
+    editor = model.load(str(HERE / "editor"), find_device())
     images, rng = [], random.Random(start)
-    for first in tqdm(range(0, len(tasks), 50), desc=f"editor {start}"):
+    for first in tqdm(range(0, len(tasks), 250), desc=f"editor {start}"):
         noise, T = {}, 8
         if split == "train":
             if rng.random() < .5:
                 first_step = rng.randint(0, 2)
                 noise = dict(eta=.8, window=range(first_step, first_step + 3))
             T = rng.choice([6, 8])
-        some = tasks[first:first + 50]
+        some = tasks[first:first + 250]
         done = rollout(editor, some, 1, 3, T, (start, first), keep=False, **noise)
         images.append(done.images)
     return torch.cat(images)
@@ -186,7 +187,8 @@ def look(tasks, images):
     """Label dialogues (n tasks, images (n, K+1, 3, 48, 48) uint8), turn by turn and as a whole."""
     n, K = len(tasks), images.shape[1] - 1
     pictures = images.permute(0, 1, 3, 4, 2).numpy()
-    dialogues = [task.meta["scenes"] for task in tasks]
+    starts = [task.meta["scenes"][0] for task in tasks]
+    dialogues, _ = world.resolve(starts, [task.meta["operations"] for task in tasks], pictures)
     all_spans = {"turn": [(k, k + 1) for k in range(K)], "trajectory": [(0, K)]}
     scores, texts, cells = {}, {}, {}
     for scoring, spans in all_spans.items():
@@ -194,8 +196,8 @@ def look(tasks, images):
         texts[scoring] = [[None] * len(spans) for _ in range(n)]
         cells[scoring] = np.full((n, len(spans), 2, 2, 9), -1)
         for column, (a, b) in enumerate(spans):
-            # where the edits undo each other there is nothing to follow
-            rows = [i for i in range(n) if dialogues[i][a] != dialogues[i][b]]
+            # an impossible turn is a failed one; where edits undo each other there is nothing to follow
+            rows = [i for i in range(n) if scoring == "turn" or dialogues[i][a] != dialogues[i][b]]
             if scoring == "turn":
                 scenes = [dialogues[i][:b + 1] for i in rows]
             else:
@@ -245,7 +247,10 @@ def sharpness(error):
 
 
 def tell_following(scenes, seen, j):
-    """"PLACE wanted THING seen THING sharp" for all that the instruction changes; seen is row j of a reading."""
+    """"PLACE wanted THING seen THING sharp" for all that the instruction changes; seen is row j of a reading.
+
+    "no room" where nothing could change.
+    """
     before, want = scenes[-2:]
     words = []
     for i, place in enumerate(world.PLACES):
@@ -258,7 +263,7 @@ def tell_following(scenes, seen, j):
         ground = seen.background[j]
         now = list(world.BACKGROUNDS)[ground] if ground >= 0 else "blur"
         words.append(f"background wanted {want.background} seen {now}")
-    return " ".join(words)
+    return " ".join(words) or "no room"
 
 
 def tell_consistency(scenes, seen, seen_before, j):
@@ -293,10 +298,11 @@ def build_tokenizer():
     asked = list(reward.ANSWERS.values())
     for rubrics in reward.RUBRICS.values():
         asked += rubrics.values()
-    texts = asked + ["wanted seen nothing blur sharp soft bad changed background", *world.PLACES, *world.BACKGROUNDS]
+    thoughts = "wanted seen nothing blur sharp soft bad changed background no room"
+    texts = [*asked, thoughts, *world.PLACES, *world.BACKGROUNDS]
     texts += [describe(content) for content in world.CONTENTS]
-    for instructions, _, _ in world.dialogues("train", 5000, 3):
-        texts += instructions
+    for dialogue in world.dialogues("train", 5000, 3):
+        texts += dialogue.instructions
 
     phrases, found = set(), set()
     split = pre_tokenizers.Split(Regex(r"[^\w<>/]+"), "removed")
@@ -362,6 +368,11 @@ class Questions(NamedTuple):
     place: int                  # of the digit, in every row
     marks: torch.Tensor         # (n,) the score, 0 to 9, not rounded
     cells: torch.Tensor         # (n, 2, 9), see label_cells
+    contents: torch.Tensor      # (n pictures, 9) what is in each cell of each picture, -1 = unreadable
+    ground: torch.Tensor        # (n pictures,) the background likewise
+
+    def to(self, device):
+        return Questions(*(part.to(device) if torch.is_tensor(part) else part for part in self))
 
 
 def ask(kind, images, instructions):
@@ -410,10 +421,30 @@ def draw_questions(rng, kind, n, parts, tokenizer):
         both = prompt + answer
         ids[i, L - len(both):] = torch.tensor(both)
         labels[i, L - len(answer):] = torch.tensor(answer)
+    pictures = torch.cat(pixels)
+    reading = world.read(pictures.permute(0, 2, 3, 1).numpy())
     return Questions(
-        ids=ids, mask=(ids != 0).long(), labels=labels, pixels=torch.cat(pixels).float() / 127.5 - 1,
+        ids=ids, mask=(ids != 0).long(), labels=labels, pixels=pictures.float() / 127.5 - 1,
         place=L - 3 if reasoning == "think" else L - 2, marks=torch.tensor(marks),
-        cells=torch.from_numpy(np.stack(cells)))
+        cells=torch.from_numpy(np.stack(cells)), contents=torch.from_numpy(reading.contents),
+        ground=torch.from_numpy(reading.background))
+
+
+class Batches(torch.utils.data.Dataset):
+    """The questions of each step, one batch of each kind: [(kind, Questions)], a pure function of the step."""
+
+    def __init__(self, parts, tokenizer, batch):
+        self.parts, self.tokenizer, self.batch = parts, tokenizer, batch
+
+    def __getitem__(self, step):
+        rng, found = random.Random(f"judge {step}"), []
+        for kind in KINDS:
+            # of whole trajectories, which are fewer, at every fourth step only
+            if kind[0] == "turn":
+                found.append((kind, draw_questions(rng, kind, self.batch, self.parts, self.tokenizer)))
+            elif step % 4 == 0:
+                found.append((kind, draw_questions(rng, kind, self.batch // 2, self.parts, self.tokenizer)))
+        return found
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -436,7 +467,7 @@ FEATURES = feature_table()
 def content_loss(logits, contents, weight):
     """Cross-entropy of shape, colour and material: logits (n, sum(SIZES)), contents (n,) with -1 = nobody can tell."""
     loss = 0
-    for part, true in zip(logits.split(SIZES, 1), FEATURES[contents].unbind(1)):
+    for part, true in zip(logits.split(SIZES, 1), FEATURES[contents.cpu()].to(logits.device).unbind(1)):
         loss = loss + F.cross_entropy(part, true, ignore_index=-1, reduction="none")
     return (loss * weight).sum() / weight.sum()
 
@@ -448,7 +479,7 @@ def answer_losses(logits, questions, zero):
     """
     answers = questions.labels[:, 1:]
     spoken = answers != -100
-    places = torch.arange(answers.shape[1]).expand_as(answers)[spoken]
+    places = torch.arange(answers.shape[1], device=answers.device).expand_as(answers)[spoken]
     digit = places == questions.place - 1
     logp = logits.log_softmax(-1)
     low = questions.marks.floor().clamp(max=MARKS - 1)
@@ -463,12 +494,13 @@ def answer_losses(logits, questions, zero):
 def losses(judge, readers, questions, image, zero):
     """All losses of a batch {name: loss}: score and words of the answers; seen, should and right of the readers."""
     ids = questions.ids
-    with torch.autocast("cpu", torch.bfloat16):
+    with faster(ids.device):
         out = judge.model(input_ids=ids, attention_mask=questions.mask, pixel_values=questions.pixels,
                           output_hidden_states=True)
         spoken = questions.labels[:, 1:] != -100
         logits = judge.lm_head(out.last_hidden_state[:, :-1][spoken]).float()
-        seen = readers["seen"](torch.cat(list(out.image_hidden_states))).float()
+        cells = torch.cat(list(out.image_hidden_states)).view(-1, judge.config.text_config.hidden_size)
+        seen = readers["seen"](cells).float()
         count = (ids == image).cumsum(1)
         last_picture = (ids == image) & (count > count[:, -1:] - 9)
         should = readers["should"](out.hidden_states[-3][last_picture]).float()
@@ -476,12 +508,10 @@ def losses(judge, readers, questions, image, zero):
     score, words = answer_losses(logits, questions, zero)
 
     # what is in each cell of each picture, as the exact judge reads it
-    pictures = ((questions.pixels + 1) * 127.5).round().byte()
-    reading = world.read(pictures.permute(0, 2, 3, 1).numpy())
-    contents, ground = torch.from_numpy(reading.contents).flatten(), torch.from_numpy(reading.background)
-    of_contents, of_ground = seen.view(len(pictures), 9, -1).tensor_split([sum(SIZES)], -1)
-    seen_loss = content_loss(of_contents.flatten(0, 1), contents, torch.ones(len(contents)))
-    seen_loss = seen_loss + F.cross_entropy(of_ground.mean(1), ground, ignore_index=-1)
+    contents = questions.contents.flatten()
+    of_contents, of_ground = seen.view(len(questions.ground), 9, -1).tensor_split([sum(SIZES)], -1)
+    seen_loss = content_loss(of_contents.flatten(0, 1), contents, torch.ones_like(contents, dtype=torch.float))
+    seen_loss = seen_loss + F.cross_entropy(of_ground.mean(1), questions.ground, ignore_index=-1)
 
     # what should be in each cell of the last picture, and whether it is; few cells are asked for, and they matter most
     content, verdict = questions.cells[:, 0].flatten(), questions.cells[:, 1].flatten()
@@ -518,12 +548,14 @@ def train_judge(work, steps, batch=32, lr=2e-3, dialogues=4000):
     training goes by before the vision tower has found out what there is to see; without the others a digit at once is
     hardly learned.
     """
+    device = find_device()
     judge, processor = build_judge()
+    judge.to(device)
     # a third faster than the others, backward on a CPU in bfloat16
     judge.set_attn_implementation("eager")
     image, zero = processor.tokenizer.convert_tokens_to_ids(["<image>", "0"])
     parts = label_all(work, dialogues)
-    readers = build_readers(width=128)
+    readers = build_readers(width=128).to(device)
     params = dict(judge.named_parameters())
     params |= {f"reader.{name}": p for name, p in readers.named_parameters()}
     hidden = [name for name, p in params.items() if ".layers." in name and p.ndim == 2]
@@ -532,24 +564,22 @@ def train_judge(work, steps, batch=32, lr=2e-3, dialogues=4000):
     progress = {"judge": judge, "readers": readers, **optimizers, **schedules}
     start, averages = load_progress(work / "judge.pt", progress)["step"], {}
 
+    # beside a GPU questions are drawn by processes of their own
+    workers = min(12, os.cpu_count() - 1) if device.type == "cuda" else 0
+    batches = torch.utils.data.DataLoader(Batches(parts, processor.tokenizer, batch), batch_size=None,
+                                          sampler=range(start, steps), num_workers=workers)
     judge.train()
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc="judge")
-    for step in bar:
-        # one batch of each kind of question; of whole trajectories, which are fewer, at every fourth step only
-        rng = random.Random(f"judge {step}")
-        for scoring, name, reasoning in KINDS:
-            if scoring == "trajectory" and step % 4:
-                continue
-            kind, n = (scoring, name, reasoning), batch if scoring == "turn" else batch // 2
-            questions = draw_questions(rng, kind, n, parts, processor.tokenizer)
-            loss = losses(judge, readers, questions, image, zero)
+    bar = tqdm(batches, initial=start, total=steps, desc="judge")
+    for step, drawn in enumerate(bar, start):
+        for (scoring, name, reasoning), questions in drawn:
+            loss = losses(judge, readers, questions.to(device), image, zero)
             # a digit's only other word is that it ends
             share = 1. if reasoning == "think" else .1
             total = loss["score"] + share * loss["words"] + .3 * loss["seen"] + loss["should"] + loss["right"]
             total.backward()
             for part, value in loss.items():
                 part = f"{scoring}-{name}-{reasoning} {part}"
-                averages[part] = .98 * averages.get(part, value.item()) + .02 * value.item()
+                averages[part] = .98 * averages.get(part, value.detach()) + .02 * value.detach()
         torch.nn.utils.clip_grad_norm_(params.values(), 1)
         for part in (*optimizers.values(), *schedules.values()):
             part.step()
@@ -559,7 +589,7 @@ def train_judge(work, steps, batch=32, lr=2e-3, dialogues=4000):
             bar.write(f"{step} " + " ".join(f"{name} {value:.3f}" for name, value in averages.items()))
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_progress(work / "judge.pt", step + 1, progress)
-    return judge.eval(), processor
+    return judge.eval().cpu(), processor
 
 
 # -------------------------------------------------------------------------------------------------------------- report

@@ -424,7 +424,7 @@ def resolve(starts, operations, pictures):
     """What pictures should show after each turn, given where the editor has put what it was free to put.
 
     starts: n scenes; operations: n lists, of K or more; pictures (n, K + 1, 48, 48, 3) uint8, the source first.
-    An open addition belongs in the free cell that looks most like it; an impossible operation leaves the scene as it is.
+    An open addition belongs in the free cell that looks most like it; an impossible operation changes nothing.
     Returns n lists of K + 1 scenes, and which operations were possible (n, K).
     """
     n, K = len(starts), pictures.shape[1] - 1
@@ -455,7 +455,7 @@ def _likeness(seen, wanted):
 
 def judge(pictures, previous, scenes):
     """Judge one edit each: pictures and the pictures before the edit (n, 48, 48, 3) uint8, and n lists of the expected
-    scenes, the original first, the last two before and after this edit. Those are equal where it is impossible: it fails.
+    scenes, the original first, the last two before and after this edit: equal where it is impossible, and then it fails.
 
     Returns three arrays (n,): `success` in {0, 1}: what the instruction changes reads as asked; `following` in [0, 1],
     graded: the mean belief in each attribute that should change, times that in those that should not, times how sharp
