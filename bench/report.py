@@ -433,7 +433,7 @@ def read_evaluation(out):
         raise ValueError(f"{out / 'settings.json'} does not say how many probes there are")
     sampled, arms = (tasks, settings.turns, settings.seeds, settings.probes), {}
     for arm in ("base", *settings.lora):
-        plan, _ = evaluation.read_plan(*sampled, out / "arms" / arm, fingerprint, names)
+        plan, _ = evaluation.read_plan(*sampled, out / "arms" / arm, fingerprint)
         arms[arm] = evaluation.collect(plan, names)
     return settings, arms, tasks
 
