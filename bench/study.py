@@ -4,8 +4,8 @@
     python bench/study.py report turns          table and figure once more, from results/turns/ alone
 
 Runs lie in out/study/NAME/, a folder for each arm and training seed; what they said is in the .log beside it. A study
-that was killed goes on where it was, when it is started again. The evidence (config, metrics, scores of every test task,
-commit) goes to results/NAME/, and so do table.md, results.json and figure.png (bench/study_report.py).
+that was killed goes on where it was, when it is started again. The evidence (config, metrics, scores of every test
+task, commit) goes to results/NAME/, and so do table.md, results.json and figure.png (bench/study_report.py).
 """
 import fcntl
 import json
@@ -35,11 +35,12 @@ from bench.study_report import SCORES, STUDY, pack
 
 STEPS = 40                   # of every arm
 TURNS = 5                    # of the test dialogues
-GRADIENTS = 4                # on disjoint tasks, whose cosines say how much of a gradient is chance
+GRADIENTS = 3                # on disjoint tasks, whose cosines say how much of a gradient is chance
 MOST = 2_000_000             # bytes of evidence of a study
 OUT, RESULTS = Path("out/study"), Path("results")            # in the repository
+# Columns of metrics.jsonl that are evidence, but for those of single turns.
 KEPT = ("step", "reward/", "referee/", "group_std/", "teaches/", "advantage/used", "update/grad_norm",
-        "seconds/judge_wait", "seconds/total")               # columns of metrics.jsonl; those of single turns are left out
+        "seconds/judge_wait", "seconds/total")
 
 
 # --------------------------------------------------------------------------------------------------------- the studies
@@ -49,7 +50,7 @@ class Study(NamedTuple):
     metrics: list            # what the answer turns on, by the names in the table
     arms: dict               # {arm: what train.py is given besides the defaults}
     compare: list = None     # groups of arms: the others of a group against its first; None = all arms are one group
-    clock: str = ""          # column of metrics.jsonl in which arms are also compared at equal seconds; "" = they are not
+    clock: str = ""          # column of metrics.jsonl by which arms are compared at equal seconds too; "" = none
     cosine: bool = False     # measure the gradients' cosine as well
 
 
@@ -112,7 +113,7 @@ STUDIES = {
          ["k3-advantage", "k3-reward", "k3-following", "k3-consistency"],
          *([f"k1-{fuse}", f"k3-{fuse}"] for fuse in ("advantage", "reward", "following", "consistency"))]),
     "reasoning": Study(
-        "How may the judge answer: what do bias and variance of the reward do, at equal steps and at equal judge seconds?",
+        "How may the judge answer: what do bias and variance of the reward do, at equal steps and equal judge seconds?",
         ["IF_3", "O_3", "O_5"],
         {"logits": f"--algo nft {K3} {PAPER} --reasoning logits",
          "direct": f"--algo nft {K3} {PAPER} --reasoning direct",
@@ -255,7 +256,7 @@ def eval_job(name, arm, configs, tasks, processes):
     return Job(f"study {name}, arm {arm}, evaluation", ROOT / OUT / name / "eval.log", is_done, command, finish)
 
 
-# ----------------------------------------------------------------------------------------------- how noisy a gradient is
+# ---------------------------------------------------------------------------------------------- how noisy a gradient is
 
 def gradient_cosine(cfg):
     """Mean cosine between gradients of the first update on GRADIENTS disjoint sets of tasks; None if there is none.
@@ -363,7 +364,8 @@ def gather(name, configs, commits, cosines):
 
     seeds = sorted({seed for _, seed in configs})
     more = {"compare": study.compare or [list(study.arms)], "name": name, "seeds": seeds, "steps": STEPS,
-            "tasks": len(tasks), "turns": settings.turns, "judge": settings.judge, "commits": commits, "cosines": cosines}
+            "tasks": len(tasks), "turns": settings.turns, "judge": settings.judge, "commits": commits}
+    more["cosines"] = cosines
     model.write_text(results / STUDY, json.dumps(study._asdict() | more, indent=1))
     size = sum(file.stat().st_size for file in results.rglob("*") if file.is_file())
     if size > MOST:
@@ -390,7 +392,7 @@ def per_task(scores, tasks):
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------- the command
+# ---------------------------------------------------------------------------------------------------------- the command
 
 def run(name, seeds, jobs, tasks):
     """Train and evaluate the arms of a study, as far as that is not done, and gather the evidence."""

@@ -13,12 +13,13 @@ import torch
 import data
 import eval as evaluation
 import model
-from bench.report import COLORS, significant
+from bench.report import COLORS
+from eval import significant
 
 STUDY, SCORES = "study.json", "scores.json"
 SAMPLES = 2_000              # resamples of seeds and tasks
 LAST = 5                     # training steps over which a reward is averaged
-# The columns of the tables: (title, metric of eval.py, its turn; -1 = the mean of turns 2 to K; shown where it is known).
+# The columns of the tables: (title, metric of eval.py, its turn; -1 = the mean of turns 2 to K).
 COLUMNS = [("IF_3", "IF", 3), ("O_3", "O", 3), ("O_5", "O", 5), ("CC_3", "CC", 3), ("CC_5", "CC", 5),
            ("flatness", "flatness", 1), ("possible", "possible", -1), ("M_clean", "M_clean", -1), ("wear", "wear", -1)]
 BY_TURN = ["M", "possible", "M_clean", "wear"]
@@ -31,11 +32,11 @@ turns are means over turns 2 to K."""
 class Evidence(NamedTuple):
     """What results/NAME/ holds."""
     study: dict              # of study.json
-    parts: dict              # {"base" or "ARM-SEED": {name: (sum (n, X), number of known ones (n, X))}}, as eval.moments
+    parts: dict              # {"base" or "ARM-SEED": {name: (sum (n, X), how many are known (n, X))}}
     curves: dict             # {"ARM-SEED": rows of metrics.jsonl}
 
 
-# -------------------------------------------------------------------------------------------------- scores, packed small
+# ------------------------------------------------------------------------------------------------- scores, packed small
 
 def pack(values):
     """Values (n, X) -> X of them: a text such as "01?" where all are 0, 1 or NaN; else thousandths, null for NaN."""
@@ -276,7 +277,7 @@ def numbers(study, arms, columns):
 # --------------------------------------------------------------------------------------------------------------- figure
 
 def draw(study, arms, curves, columns, path):
-    """O over the turns, the differences that the answer turns on, the course of training. Without matplotlib: a line."""
+    """O over the turns, the differences that the answer turns on, the training. Without matplotlib: a line."""
     try:
         import matplotlib.figure
     except ImportError:
@@ -293,7 +294,8 @@ def draw(study, arms, curves, columns, path):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e6e6e6")
         axes.set_axisbelow(True)
-        axes.legend(frameon=False, fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
     # the time of drawing in the file would make a new one of it each time
     picture.savefig(path, dpi=110, metadata={"Software": None})
 
@@ -323,9 +325,9 @@ def paint_differences(axes, compared, arms, columns):
 
 
 def paint_training(axes, study, curves):
-    """What was seen of the samples trained on; dashed: what the judge that is trained on said of them."""
+    """Following of the samples trained on, as the referee saw it, and (dotted) the judge that is trained on."""
     clock = study["clock"]
-    axes.set(title="training: referee (solid), following by the judge (dotted)", xlabel=clock or "step")
+    axes.set(title="following in training: referee -, judge ...", xlabel=clock or "step")
     for j, arm in enumerate(study["arms"]):
         of_arm = [curves[f"{arm}-{seed}"] for seed in study["seeds"]]
         steps = range(min(len(rows) for rows in of_arm))
