@@ -769,7 +769,11 @@ def start_processes(collectives):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        place, n = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if place >= n:
+            raise ValueError(f"--nproc_per_node is more than the {n} GPU{'s' * (n > 1)} of this machine: each process takes "
+                             "one (with CUDA_VISIBLE_DEVICES= in front of the command all run on the CPU)")
+        device = torch.device("cuda", place)
         torch.cuda.set_device(device)                        # before anything collective
     if world > 1:
         # As long as it takes: rank 0 may judge, or make a table, for longer than the ten minutes of NCCL's default.

@@ -83,6 +83,11 @@ class Editor:
         self.vae.to(memory_format=self.memory_format)
         if self.device.type == "cuda":
             self.transformer.enable_gradient_checkpointing()
+            # cuDNN's attention, torch's choice on an H100 since 2.11, keeps the plan of a backward pass by the layouts
+            # of q, k and v (aten/src/ATen/native/cudnn/MHA.cpp). Those are the same in Kontext's two kinds of blocks,
+            # that of the gradient is not: the plan of the one reads beyond the other's memory. For the whole process,
+            # since checkpointing computes again outside of any context that the forward was in.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.mean, self.std = self.statistics()                  # of the packed latents' channels
 
     def latent_shape(self, size):

@@ -540,7 +540,8 @@ def save(editor, optimizer, step, out):
 
 def read_checkpoint(file, editor):
     """What `save` wrote, all of it looked at before anything is changed. ValueError if it does not fit the editor."""
-    state = torch.load(file, map_location=editor.device, weights_only=True)
+    # Into main memory: the optimizer keeps its count of steps there, and a GPU would have to hold everything twice.
+    state = torch.load(file, map_location="cpu", weights_only=True)
     shapes = [p.shape for p in editor.trained.values()]
     weight_sets = {name: state["sets"][name] for name in editor.sets} | {"policy": state["policy"]}
     for name, values in weight_sets.items():
@@ -561,7 +562,7 @@ def restore(editor, optimizer, out, say):
             continue
         for p, value in zip(editor.trained.values(), state["policy"]):
             p.data.copy_(value)
-        editor.sets = state["sets"]
+        editor.sets = {name: [value.to(editor.device) for value in values] for name, values in state["sets"].items()}
         return state["step"]
     raise ValueError(f"--resume: no checkpoint in {out / 'checkpoint'} can be read; nothing was changed")
 

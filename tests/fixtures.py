@@ -154,12 +154,12 @@ PIPES = {"kontext": kontext_pipe, "klein": klein_pipe, "qwen": qwen_pipe,
          "plus": functools.partial(qwen_pipe, plus=True)}
 
 
-def tiny_editor(family, pipe=None, rank=None, moved=None, **options):
+def tiny_editor(family, pipe=None, rank=None, moved=None, device="cpu", **options):
     """An editor of a family of PIPES around a tiny pipeline; with LoRA and moved like new_editor's."""
     pipe = pipe or PIPES[family]()
     if family == "klein":
         options = dict(max_text=48) | options                # of 512: a tenth of the time
-    editor = model.FAMILIES[type(pipe).__name__](pipe, "cpu", **options)
+    editor = model.FAMILIES[type(pipe).__name__](pipe, device, **options)
     if rank is not None:
         model.add_lora(editor, rank)
     if moved:
@@ -182,7 +182,7 @@ def move(editor, std, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in editor.trained.values():
-            p.add_(std * torch.randn(p.shape, generator=generator))
+            p.add_(std * torch.randn(p.shape, generator=generator).to(p.device))
 
 
 def make_tasks(n, K=2, start=0):
@@ -215,6 +215,12 @@ class Judge(reward.Judge):
         drift = (x[:, k + 1] - x[:, 0]).abs().mean((1, 2, 3))
         r = torch.stack([x[:, k + 1, 0].mean((1, 2)), 1 - drift], 1)
         return self.edit(r, tasks, k) if self.edit else r
+
+
+def child_environment():
+    """Of a process that a test starts: one thread, no network, and no GPU, which its children could not share."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+                         "CUDA_VISIBLE_DEVICES": ""}
 
 
 def free_port():

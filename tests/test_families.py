@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import model
 import train
 from fixtures import PIPES, Judge, move, tiny_editor
-from rollout import Task, draw_noise, rollout
+from rollout import Task, draw_noise, rollout, select
 
 FAMILIES = pytest.mark.parametrize("family", PIPES)
 SIZES = pytest.mark.parametrize("size", [(64, 64), (96, 64), (64, 80)], ids=lambda size: "%dx%d" % size)
@@ -371,6 +371,22 @@ def test_the_ratio_is_exactly_1_in_bfloat16(family):
     assert editor.transformer.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in editor.trained.values())
     assert sum((p != q).any().item() for p, q in zip(editor.trained.values(), before)) > len(before) / 2
     assert trajectory.x.dtype == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a CUDA GPU with the CPU")
+@pytest.mark.parametrize("family", ["kontext", "klein"])       # blocks of two kinds
+def test_gradients_on_a_gpu_are_those_on_a_cpu(family):
+    """Catches: a backward pass of attention that reads a gradient of another layout: cuDNN's, on an H100."""
+    size, gradients = (64, 80), []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.float16)):     # cuDNN's takes no float32
+        editor = tiny_editor(family, PIPES[family]().to(dtype), rank=2, moved=.05, device=device)
+        cond = select(editor.condition(TEXTS[:2], pictures(2, size)), torch.arange(2), editor.device)
+        x, context = (draw_noise((2, *editor.latent_shape(size)), place).to(device) for place in (1, 2))
+        v = editor.velocity(x, torch.tensor([.7, .7], device=device), cond, context, size)
+        v.square().mean((1, 2)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten().cpu() for p in editor.trained.values()]))
+    expected, got = gradients
+    assert (got - expected).norm() < .05 * expected.norm()
 
 
 @FAMILIES

@@ -7,10 +7,12 @@ import sys
 import time
 
 import pytest
+import torch
 
 import model
 import train
-from fixtures import ROOT, free_port, new_editor
+from eval import start_processes
+from fixtures import ROOT, child_environment, free_port, new_editor
 from test_train import END_TO_END, assert_same_run, assert_same_within_rounding, flags, metrics, run_python
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -194,14 +196,22 @@ def alone(tmp_path_factory):
     return {algo: launch(algo, tmp_path_factory.mktemp(algo)) for algo in ("grpo", "nft")}
 
 
+def test_more_processes_than_gpus_are_refused_in_one_line(monkeypatch):
+    """Catches: CUDA's "invalid device ordinal" and a stack, which name neither the flag nor the number."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="--nproc_per_node is more than the 1 GPU of this machine"):
+        start_processes("nccl")
+
+
 def test_two_nodes_train_as_one_process(alone, tmp_path):
     """Catches: a rank, a GPU's number or a share of the tasks that is taken from the place within the node."""
     port = free_port()
     script = write_script(tmp_path, UNEVEN)
     agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
              f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", script, *flags(tmp_path / "run", **SAME)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    pipes = dict(cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = dict(cwd=ROOT, env=child_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     nodes = [subprocess.Popen(agent, **pipes) for _ in range(2)]
     try:
         said = [node.communicate(timeout=300) for node in nodes]

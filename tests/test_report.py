@@ -222,7 +222,8 @@ def axes():
 def test_figures_put_points_and_intervals_where_their_numbers_are():
     """Catches: turns beside their ticks, an interval around another point, a metric of another arm, a scale of 1."""
     values = {"IF": [.5, None, .25], "M": [.5, .4, .3], "CC": [.9, .8, .7], "wear": [0, .2, None],
-              "interval_95": {"IF": [[.4, .7], None, [.2, .25]], "M": [[.4, .6]] * 3, "wear": [[0, 0], [-.1, .3], None]}}
+              "interval_95": {"IF": [[.4, .7], None, [.2, .25]], "M": [[.4, .6]] * 3,
+                              "wear": [[0, 0], [-.1, .3], None]}}
     middle, reach = report.numbers(values | {"interval_95": {"IF": values["interval_95"]["IF"]}}, "IF", 100)
     assert np.allclose(middle, [50, NAN, 25], equal_nan=True)
     assert np.allclose(reach, [[10, NAN, 5], [20, NAN, 0]], equal_nan=True)
