@@ -778,8 +778,8 @@ def start_processes(collectives):
     if torch.cuda.is_available():
         place, n = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if place >= n:
-            raise ValueError(f"--nproc_per_node is more than the {n} GPU{'s' * (n > 1)} of this machine: each process takes "
-                             "one (with CUDA_VISIBLE_DEVICES= in front of the command all run on the CPU)")
+            raise ValueError(f"--nproc_per_node is more than the {n} GPU{'s' * (n > 1)} of this machine: each process "
+                             "takes one (with CUDA_VISIBLE_DEVICES= in front of the command all run on the CPU)")
         device = torch.device("cuda", place)
         torch.cuda.set_device(device)                        # before anything collective
     if world > 1:
