@@ -53,7 +53,7 @@ def load(spec, split="train", K=3, resolution=512, limit=None):
 
 
 def load_shapes(split, K, n, start=0):
-    """Dialogues of the embedded world; meta holds the operations, and K + 1 scenes: the start, and a way it may go on."""
+    """Dialogues of the embedded world; meta holds the operations, and K + 1 scenes: a way it may go."""
     from shapes import world
     dialogues = world.dialogues(split, n, K, start)
     pictures = world.render([dialogue.scenes[0] for dialogue in dialogues])
@@ -65,9 +65,9 @@ def load_shapes(split, K, n, start=0):
 
 
 def resolve(task, pictures):
-    """A task of the embedded world: what its pictures (k + 1, 3, 48, 48) uint8 should show, and which turns can be done.
+    """What pictures (k + 1, 3, 48, 48) uint8 of a task of the embedded world should show, and which turns can be done.
 
-    Returns k + 1 scenes and k truth values. The scenes depend on where the editor has put what it was free to put.
+    Returns k + 1 scenes and k truth values. They depend on where the editor has put what it was free to put.
     """
     from shapes import world
     pixels = pictures.permute(0, 2, 3, 1).numpy()[None]

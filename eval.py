@@ -16,6 +16,7 @@ that can be probed):  IF_k = prod_{j<=k} possible_j (M_clean_j + wear_j)
 possible_k = share in which turn k can still be done after what the editor chose        lost for want of room
 M_clean_k  = of these, success on a clean picture of the same scene, same noise         lost for want of skill
 wear_k     = success on own outputs - M_clean_k, same dialogues                         lost by exposure bias
+CC_clean and CC_self, M_self: on clean contexts, and on own outputs, of the same dialogues.
 All arms see the same tasks and noise. Intervals: paired bootstrap over tasks, the seeds of a task stay together.
 """
 import json
@@ -54,10 +55,10 @@ JUDGE = ("judge", "rubric", "reasoning", "votes")
 
 @dataclass
 class Scores:
-    """What one arm, a set of weights, did on n tasks of K turns. NaN = unknown."""
+    """What one arm, a set of weights, did on n tasks of K turns. NaN = unknown, or not counted."""
     success: torch.Tensor                             # (seeds, n, K), 0 or 1
     consistency: torch.Tensor                         # (seeds, n, K, parts), with the original, in 0..1
-    measured: dict = field(default_factory=dict)      # (seeds, n, K) of some of: copied, drift, nothing, clean, possible
+    measured: dict = field(default_factory=dict)      # (seeds, n, K): copied, drift, nothing, clean, possible, ...
     rewards: dict = field(default_factory=dict)       # (seeds, n, K) of each of the judge's rewards
     pictures: Callable | None = None                  # row of a task -> (K+1, 3, H, W) uint8, of the first seed
     places: list | None = None                        # how many first open additions stand in each of the 9 cells
@@ -116,51 +117,40 @@ def spread(n, count):
     return range(n) if count >= n else sorted({i * n // count for i in range(count)})
 
 
-def plan_clean(plan, tasks, probes, names, folder=None, file_of=picture_file):
+def plan_clean(plan, tasks, probes, folder=None, file_of=picture_file):
     """The pass clean of the embedded world, planned on an arm's own outputs: [Dialogue].
 
-    Turn k of a dialogue whose turns before were all right (names: of the rewards that say so; None = all count), if it
-    is possible still, on a picture of the scene that these turns have made, with the same noise.
+    Turn k, if it can still be done, on a picture of the scene that the turns before should have made, given where the
+    editor has put things; with the same noise. It depends on the pictures alone: another judge needs no other ones.
     """
     probed, clean = set(spread(len(tasks), probes)), []
     for d in plan:
         if d.part != "own" or d.row not in probed or "operations" not in d.task.meta:
             continue
         scenes, possible = data.resolve(d.task, load_pictures(d))
-        for k in d.turns[:-1]:
-            if names and not was_right(d.lines[k], names):
-                break
-            if possible[k + 1]:
-                alone = data.alone(d.task, k + 1, scenes[k + 1])
-                clean.append(new_dialogue(d.seed, "clean", d.row, d.task, alone, range(k + 1, k + 2), folder, file_of))
+        for k in d.turns[1:]:
+            if True:
+                alone = data.alone(d.task, k, scenes[k])
+                clean.append(new_dialogue(d.seed, "clean", d.row, d.task, alone, range(k, k + 1), folder, file_of))
     return sorted(clean, key=lambda d: (d.seed, d.turns.start, d.row))
 
 
-def read_plan(tasks, K, seeds, probes, folder, fingerprint, names):
+def read_plan(tasks, K, seeds, probes, folder, fingerprint):
     """All that an arm is sampled on, with what its folder has of it -> [Dialogue], and whether no picture is missing.
 
-    names: of the rewards of the judge of this fingerprint; both None without a judge.
+    fingerprint: of the judge whose scores are read, None without a judge.
     """
     def pictured(plan):
         return all(file.is_file() for d in plan for file in d.files)
 
-    plan = make_plan(tasks, K, seeds, probes, folder)
+    plan, complete = make_plan(tasks, K, seeds, probes, folder), False
+    if pictured(plan):
+        # what is sampled next depends on its own outputs
+        clean = plan_clean(plan, tasks, probes, folder)
+        complete = pictured(clean)
+        plan += clean
     read_scores(folder, fingerprint, plan)
-    if not pictured(plan):
-        return plan, False
-    # what is sampled next depends on its own outputs, and on what was said of them
-    own = [d for d in plan if d.part == "own" and "operations" in d.task.meta]
-    if names and not all(is_whole(line) for d in own for line in d.lines):
-        return plan, False
-    clean = plan_clean(plan, tasks, probes, names, folder)
-    read_scores(folder, fingerprint, clean)
-    return plan + clean, pictured(clean)
-
-
-def was_right(line, names):
-    """Did a turn succeed, by its line of scores? Not, where the judge failed."""
-    r = [math.nan if line is None or line.get(name) is None else line[name] for name in names]
-    return successes(torch.tensor(r), names).item() == 1
+    return plan, complete
 
 
 def sample_turns(editor, group, T, on_turn):
@@ -196,7 +186,7 @@ def evaluate(editor, judge, tasks, K, T, seeds=1, batch=100, probes=0, folder=No
 
     plan = make_plan(tasks, K, seeds, probes, folder, file_of)
     do(plan, desc)
-    clean = plan_clean(plan, tasks, probes, judge and judge.names, folder, file_of)
+    clean = plan_clean(plan, tasks, probes, folder, file_of)
     if clean:
         do(clean, f"{desc}, clean")
     return collect(plan + clean, judge.names) if judge else None
@@ -374,16 +364,16 @@ def collect(plan, names):
     if "nothing" in parts:
         measured["nothing"] = tables["nothing", "drift"]
     own = success("own")
+    right_so_far = F.pad(own[..., :-1].cumprod(2), (1, 0), value=1.) == 1
     if "clean" in parts:
         # turn 1 is its own clean context
-        clean = measured["clean"] = success("clean")
-        clean[..., 0] = own[..., 0]
-        kept = measured["kept_clean"] = tables["clean", "consistency"]
-        kept[..., 0] = tables["own", "consistency"][..., 0]
+        clean, kept = success("clean"), tables["clean", "consistency"]
+        clean[..., 0], kept[..., 0] = own[..., 0], tables["own", "consistency"][..., 0]
+        if "operations" in plan[0].task.meta:
+            clean, kept = (v.where(right_so_far, math.nan) for v in (clean, kept))
+        measured |= {"clean": clean, "kept_clean": kept}
     if "possible" in names:
-        # of the dialogues that were right so far
-        so_far = F.pad(own[..., :-1].cumprod(2), (1, 0), value=1.)
-        measured["possible"] = tables["own", "possible"].where(so_far == 1, math.nan)
+        measured["possible"] = tables["own", "possible"].where(right_so_far, math.nan)
     rewards = {name: tables["own", name] for name in names}
     consistency = tables["own", "consistency"][..., None]
     return Scores(own, consistency, measured, rewards, lambda row: load_pictures(plan[row]), count_places(plan, own))
@@ -426,11 +416,13 @@ def moments(scores, kinds):
     values = {"M": s, "IF": s.cumprod(2), **scores.measured}
     for i, part in enumerate(scores.consistency.unbind(3)):
         values[f"CC{i}"] = part
-    # Wear is a difference of two means over the same turns.
+    # Wear is a difference of two means over the same turns; consistency on both contexts likewise.
     if "clean" in values:
-        clean = values["clean"].double()
-        values["clean"] = clean.where(~s.isnan(), math.nan)
-        values["self"] = s.where(~clean.isnan(), math.nan)
+        pairs = {"clean": (values["clean"].double(), s),
+                 "kept_clean": (values["kept_clean"].double(), scores.consistency.double().mean(3))}
+        for name, (clean, own) in pairs.items():
+            values[name] = clean.where(~own.isnan(), math.nan)
+            values[name.replace("clean", "self")] = own.where(~clean.isnan(), math.nan)
         for name in ("clean", "self"):
             later = values[name][..., 1:]
             values[f"{name}_later"] = later.transpose(1, 2).flatten(0, 1)[..., None]
@@ -458,7 +450,8 @@ def metrics(parts, w):
     found |= {"C": IF / before, "CC": CC, "O": (IF * CC).sqrt(), "flatness": M[:, -1:] / M[:, :1]}
     if "clean" in found:
         clean, own = found.pop("clean"), found.pop("self")
-        found |= {"M_clean": clean, "M_self": own, "wear": own - clean, "CC_clean": found.pop("kept_clean")}
+        found |= {"M_clean": clean, "M_self": own, "wear": own - clean}
+        found |= {"CC_clean": found.pop("kept_clean"), "CC_self": found.pop("kept_self")}
         found["wear_pooled"] = found.pop("self_later") - found.pop("clean_later")          # of turns 2 to K
     if "possible" in found:
         found["room"] = found["possible"].cumprod(1)                                       # all turns so far
@@ -827,8 +820,7 @@ def main(argv=None):
     arms = dict.fromkeys(["base", *settings.lora])
     for arm in [*settings.lora, "base"]:
         folder, editor = out / "arms" / arm, None
-        known = (judge.fingerprint, judge.names) if judge else (None, None)
-        _, complete = read_plan(tasks, settings.turns, settings.seeds, settings.probes, folder, *known)
+        _, complete = read_plan(tasks, settings.turns, settings.seeds, settings.probes, folder, None)
         if not complete:
             editor = load_arm(settings, arm, {task.size for task in tasks}, device)
         if rank == 0 and not any(arms.values()):

@@ -645,11 +645,11 @@ def interruptible(loud=True):
 def closing_table(run, cfg):
     """Base against tuned on the validation tasks, same noise: validation.json, a contact sheet, a table.
 
-    By rank 0. Where the base is spread over the processes, the others do the same, and write nothing.
+    By rank 0. Where the base is spread over the processes, the others make the same pictures, and judge nothing.
     """
     editor, val, first = run.editor, run.val, run.share.rank == 0
     out, arms = Path(cfg.out), {}
-    judge = run.referee or run.judge
+    judge = (run.referee or run.judge) if first else None
     before = "start" if cfg.lora else "base"                 # with --lora, training did not start from the base
     editor.fast = False                                      # in float32, as eval.py
     for arm, name in ((before, "ref"), ("tuned", "ema")):

@@ -535,7 +535,7 @@ def parse(argv=None):
     add = commands.choices["generate"].add_argument
     add("--model", required=True, help="editor: a folder or hub id")
     add("--lora", action="append", default=[], metavar="[NAME=]PATH", help="to compare with the base; may be repeated")
-    add("--probes", type=at_least(0), default=100, help="tasks for the exposure-bias gap and the drift; 0 = none")
+    add("--probes", type=at_least(0), default=100, help="tasks for M_clean, wear and the drift; 0 = none")
     add("--batch", type=at_least(1), default=4, help="dialogues in one forward")
     add("--offload", action="store_true", help="text encoders are on the GPU only while they work")
 

@@ -38,7 +38,12 @@ NOTES = {
     "main": "Percent. IF: all turns so far succeeded; CC: consistency with the original picture; O = sqrt(IF CC).",
     "difference": "Percentage points, 95 % interval of the paired bootstrap over dialogues; n.s. = it covers 0, "
                   "or there is none; p = McNemar's exact test (several seeds: swapping whole dialogues).",
-    "exposure": "The same instructions on a clean context and on the model's own outputs: what is lost is the gap.",
+    "lost": "Percent, 95 % interval. IF_k = IF_k-1 · possible · (M clean + wear), over the dialogues that were right "
+            "so far: possible = the turn can still be done after what the model chose; M clean = it succeeds on a "
+            "clean picture of the same scene, from the same noise; wear = success on own outputs - M clean, same "
+            "dialogues.",
+    "lost of files": "Percent, 95 % interval. M clean: the same instructions on a clean context, where they speak of "
+                     "nothing that an earlier one made; wear = success on own outputs - M clean, same dialogues.",
     "verdicts": "Known verdicts for M / IF / CC (EdiVal: object + background) per turn, all seeds; percent of turns "
                 "that the judge failed on."}
 CAPTIONS = {
@@ -46,7 +51,11 @@ CAPTIONS = {
                "harder than the first.",
     "plane": "Doing nothing gives high CC and no IF: an editor that games the consistency reward moves up and to the "
              "left. Grey lines: equal overall O.",
-    "exposure": "How many more edits would succeed if the picture before had been right; same noise.",
+    "losses": "Share of all dialogues that die at each turn. Room: what the model chose has left none for this turn. "
+              "Skill: it fails on a clean picture as well. Wear: it fails on the model's own outputs only (below 0: it "
+              "succeeds there only).",
+    "wear": "What is lost because the picture before is the model's own; same instructions, same noise.",
+    "places": "Where the first object stands whose place was left open, if it was drawn right; counts, all seeds.",
     "drift": "What editing costs by itself, without any judge: 0 is a perfect copy.",
     "kinds": "Which edits the model can do."}
 
@@ -90,6 +99,12 @@ def with_bounds(values, metric, k):
     return text if significant(interval) else text + " n.s."
 
 
+def in_bounds(values, metric, k):
+    """A share in percent with its interval."""
+    interval, text = values["interval_95"][metric][k], percent(values[metric][k])
+    return f"{text} [{percent(interval[0])}, {percent(interval[1])}]" if interval else text
+
+
 def metric_rows(arms, titles):
     """A row for each arm and metric that it has; titles {metric: words}."""
     rows = []
@@ -127,18 +142,32 @@ def tables(result):
     for arm, values in arms.items():
         rows.append([arm, "flatness M_K / M_1", *[""] * (K - 1), percent(values["flatness"][0])])
     found.append(("Success turn by turn", "Percent.", ["model", "", *turns], rows))
-    rows = metric_rows(arms, {"M_clean": "M on a clean context", "M_self": "M on own outputs"})
+    return [*found, *lost_table(arms, turns), *kind_table(result), verdict_table(arms, turns)]
+
+
+def lost_table(arms, turns):
+    """What was lost, and to what, where there were probes: a list of one table or none."""
+    K, rows, title = len(turns), [], "What was lost: room, skill, wear"
     for arm, values in arms.items():
-        if "EB" in values:
-            n = values["n"]["clean"]
-            gap = [f"{with_bounds(values, 'EB', k)} (n = {n[k]})" if n[k] else "–" for k in range(K)]
-            rows.append([arm, "gap EB", *gap])
+        for metric, words in (("possible", "possible"), ("M_clean", "M clean")):
+            if metric in values:
+                rows.append([arm, words, *[in_bounds(values, metric, k) for k in range(K)]])
+        if "wear" in values:
+            # turn 1 is its own clean context
+            n, cells = values["n"]["clean"], ["–"] * K
+            for k in range(1, K):
+                cells[k] = f"{with_bounds(values, 'wear', k)} (n = {n[k]})" if n[k] else "–"
+            rows.append([arm, "wear", *cells])
+            if K > 1:
+                pooled = with_bounds(values, "wear_pooled", 0)
+                rows.append([arm, f"wear, turns 2 to {K} pooled", *[""] * (K - 1), pooled])
+            rows += metric_rows({arm: values}, {"CC_self": "CC, own outputs", "CC_clean": "CC, clean context"})
         if "nothing" in values:
             drift = ["–" if x is None else f"{x:.2f}" for x in values["nothing"]]
             rows.append([arm, "drift under 'change nothing', mean |ΔRGB| of 255", *drift])
-    if rows:
-        found.append(("Exposure bias", NOTES["exposure"], ["model", "", *turns], rows))
-    return [*found, *kind_table(result), verdict_table(arms, turns)]
+    if not any("possible" in values for values in arms.values()):
+        return [("Wear and drift", NOTES["lost of files"], ["model", "", *turns], rows)] if rows else []
+    return [(title, NOTES["lost"], ["model", "", *turns], rows)]
 
 
 def kind_table(result):
@@ -231,7 +260,8 @@ def draw_figures(result, folder):
         axes.grid(axis="y", color="#e6e6e6")
         axes.set_axisbelow(True)
         paint(axes, arms, *what)
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, .5))
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, .5))
         folder.mkdir(parents=True, exist_ok=True)
         picture.savefig(folder / f"{name}.png", dpi=160)
         files.append(folder / f"{name}.png")
@@ -241,9 +271,14 @@ def draw_figures(result, folder):
     if any(value is not None for values in arms.values() for value in values["CC"]):
         figure("plane", "Following against consistency", "IF, cumulative success, percent; numbers are turns",
                "CC, percent", paint_plane)
-    if "EB" in base:
-        bars = [(f"turn {k + 1}", "EB", k) for k in range(1, K)]
-        figure("exposure", "Exposure-bias gap", "", "M on a clean context - M on own outputs, points", paint_bars, bars)
+    if "possible" in base and "wear" in base:
+        figure("losses", "Where the dialogues died", "", "percent of all dialogues", paint_losses,
+               width=max(6.4, 2.4 + .4 * K * len(arms)))
+    elif "wear" in base:
+        bars = [(f"turn {k + 1}", "wear", k) for k in range(1, K)]
+        figure("wear", "Wear", "", "M on own outputs - M on a clean context, points", paint_bars, bars)
+    if any("places" in values for values in arms.values()):
+        figure("places", "Places that were left open", "", "", paint_places, width=max(6.4, 2.4 * len(arms)))
     if "nothing" in base:
         figure("drift", "Drift when nothing is to change", "turn", "mean |RGB difference| from the original, of 255",
                paint_lines, {"nothing": "k times 'Change nothing'"}, 1)
@@ -292,6 +327,53 @@ def paint_bars(axes, arms, groups):
         axes.errorbar(x, height, np.array(reach).T, fmt="none", color="#222222", capsize=2.5, lw=1.1)
     axes.axhline(0, color="#888888", lw=.8)
     axes.set_xticks(range(len(groups)), [label for label, _, _ in groups])
+
+
+def losses(values):
+    """Shares of all dialogues that each turn has lost to room, skill and wear, (3, K); they add up to what IF lost."""
+    IF, possible, clean, wear = (np.array([np.nan if x is None else x for x in values[name]])
+                                 for name in ("IF", "possible", "M_clean", "wear"))
+    before = np.concatenate([[1], IF[:-1]])
+    lost = before * np.array([1 - possible, possible * (1 - clean), -possible * wear])
+    # where nobody is left, nothing is known and nothing is lost
+    return np.where(before > 0, lost, 0)
+
+
+def paint_losses(axes, arms):
+    """Stacked bars, turns in groups, an arm beside the other: what each cause has cost, in percent."""
+    width, places, names = .8 / len(arms), [], []
+    for j, (arm, values) in enumerate(arms.items()):
+        lost = 100 * np.nan_to_num(losses(values))
+        x = np.arange(lost.shape[1]) - .4 + (j + .5) * width
+        top, bottom = np.zeros(len(x)), np.zeros(len(x))
+        for cause, heights, color in zip(("room", "skill", "wear"), lost, ("#2f6fd0", "#b9c4d0", "#d1661a")):
+            # what is won goes below 0
+            axes.bar(x, heights, .9 * width, np.where(heights < 0, bottom, top), color=color,
+                     label=cause if j == 0 else None)
+            top += heights.clip(0)
+            bottom += heights.clip(None, 0)
+        places += x.tolist()
+        names += [arm] * len(x)
+    axes.axhline(0, color="#888888", lw=.8)
+    # the names of the arms under their bars, the turns under the names
+    axes.xaxis.remove_overlapping_locs = False
+    axes.set_xticks(places, names, minor=True, size=8, rotation=0 if len(arms) < 3 else 45)
+    axes.set_xticks(range(len(x)), [f"turn {k + 1}" for k in range(len(x))])
+    axes.tick_params(axis="x", which="major", length=0, pad=18 if len(arms) < 3 else 44)
+
+
+def paint_places(axes, arms):
+    """A 3 x 3 grid of counts for each arm, coloured by their share of the arm's."""
+    there = {arm: np.array(values["places"]).reshape(3, 3) for arm, values in arms.items() if "places" in values}
+    for j, (arm, counts) in enumerate(there.items()):
+        left = 3.5 * j
+        axes.imshow(counts / counts.sum(), cmap="Blues", vmin=0, vmax=.5, extent=(left, left + 3, 3, 0))
+        axes.text(left + 1.5, -.15, arm, ha="center", va="bottom")
+        for (row, column), count in np.ndenumerate(counts):
+            color = "white" if count > .3 * counts.sum() else "black"
+            axes.text(left + column + .5, row + .5, str(count), ha="center", va="center", color=color)
+    axes.set(xlim=(-.1, 3.5 * len(there) - .4), ylim=(3.1, -.6))
+    axes.set_axis_off()
 
 
 def paint_plane(axes, arms):
@@ -429,10 +511,11 @@ def read_evaluation(out):
     tasks = data.load(settings.data, settings.split, settings.turns, settings.resolution, settings.tasks)
     made_of = data.read_made_of(out / "settings.json")
     evaluation.refuse_other(made_of, evaluation.made_of_tasks(tasks, settings.turns), out)
-    arms = {}
+    if settings.probes is None:
+        raise ValueError(f"{out / 'settings.json'} does not say how many probes there are")
+    sampled, arms = (tasks, settings.turns, settings.seeds, settings.probes), {}
     for arm in ("base", *settings.lora):
-        folder = out / "arms" / arm
-        plan, _ = evaluation.read_plan(tasks, settings.turns, settings.seeds, settings.probes, folder, fingerprint, names)
+        plan, _ = evaluation.read_plan(*sampled, out / "arms" / arm, fingerprint)
         arms[arm] = evaluation.collect(plan, names)
     return settings, arms, tasks
 

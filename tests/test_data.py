@@ -267,11 +267,37 @@ def test_the_embedded_world_comes_as_tasks_with_scenes():
     from shapes import world
     tasks = data.load("shapes", "test", 3, limit=5)
     assert len(tasks) == 5
-    for task, (instructions, kinds, scenes) in zip(tasks, world.dialogues("test", 5, 3)):
-        assert (task.instructions, task.kinds, task.meta["scenes"]) == (instructions, kinds, scenes)
-        assert np.array_equal(np.asarray(task.image), world.render(scenes[:1])[0])
+    for task, dialogue in zip(tasks, world.dialogues("test", 5, 3)):
+        assert (task.instructions, task.kinds) == (dialogue.instructions, dialogue.kinds)
+        assert task.meta == {"scenes": dialogue.scenes, "operations": dialogue.operations}
+        assert np.array_equal(np.asarray(task.image), world.render(dialogue.scenes[:1])[0])
     assert data.load_shapes("test", 3, 2, start=3)[0].instructions == tasks[3].instructions
     assert len(data.load("shapes", "train", 1)) == 4096
+
+
+def test_a_turn_alone_is_asked_of_the_scene_that_there_is():
+    """A clean context of the plan, although the editor has put things elsewhere; one that the judge takes for another."""
+    import torch
+    from shapes import world
+    draw = lambda scenes: torch.from_numpy(world.render(scenes)).permute(0, 3, 1, 2)
+    moved = 0
+    for task in data.load("shapes", "test", 3, limit=40):
+        planned, possible = data.resolve(task, draw(task.meta["scenes"]))
+        assert planned == task.meta["scenes"] and possible == [True] * 3
+        # the first object of this dialogue in another place
+        start, operation = planned[0], task.meta["operations"][0]
+        free = [i for i in range(9) if not start.cells[i] and not planned[1].cells[i]]
+        shown = [start, world.apply(start, operation, free[0])]
+        scenes, possible = data.resolve(task, draw(shown))
+        assert scenes == shown and possible == [True]
+        moved += scenes[1] != planned[1]
+        for scene in (planned[1], scenes[1]):
+            alone = data.alone(task, 1, scene)
+            assert np.array_equal(np.asarray(alone.image), world.render([scene])[0])
+            assert (alone.instructions, alone.kinds) == (task.instructions[1:2], task.kinds[1:2])
+            assert alone.meta == {"scenes": [scene], "operations": task.meta["operations"][1:2]}
+        assert data.alone(task, 1).meta["scenes"] == planned[1:2]
+    assert moved > 10
 
 
 # ------------------------------------------------------------------------------------------------------ fingerprints

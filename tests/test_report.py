@@ -18,7 +18,7 @@ NAN = float("nan")
 K = 3
 
 
-def make_arms(rates, n=8, seeds=2, pictures=True):
+def make_arms(rates, n=8, seeds=2, pictures=True, embedded=True):
     """Arms of random scores: {name: Scores}; the picture after turn k of task i has one colour, (40 k, 20 i, 90)."""
     generator, arms = torch.Generator().manual_seed(0), {}
     draw = lambda: torch.rand(seeds, n, K, generator=generator, dtype=torch.float64)
@@ -31,8 +31,12 @@ def make_arms(rates, n=8, seeds=2, pictures=True):
         clean = s.clone()
         clean[..., 2] = NAN                                                  # no independent instruction at turn 3
         measured = {"copied": (draw() < .1).double(), "drift": 9 * draw(), "nothing": 5 * draw(), "clean": clean}
+        measured["kept_clean"] = draw().where(~clean.isnan(), NAN)
+        places = None
+        if embedded:
+            measured["possible"], places = (draw() < .8).double().clamp(min=s), [3, 0, 1, 9, 0, 2, 0, 0, 5]
         shown = picture if pictures else None
-        arms[name] = evaluation.Scores(s, draw()[..., None], measured, {"following": draw()}, shown)
+        arms[name] = evaluation.Scores(s, draw()[..., None], measured, {"following": draw()}, shown, places)
     return arms
 
 
@@ -58,7 +62,7 @@ def test_results_are_json_that_everybody_reads(written):
     def refuse(word):
         raise ValueError(word)
     again = json.loads((written[0] / "results.json").read_text(), parse_constant=refuse)
-    assert again["arms"]["base"]["O"] == written[1]["arms"]["base"]["O"] and again["arms"]["base"]["EB"][2] is None
+    assert again["arms"]["base"]["O"] == written[1]["arms"]["base"]["O"] and again["arms"]["base"]["wear"][2] is None
 
 
 def test_the_tables_hold_the_numbers(written):
@@ -86,8 +90,18 @@ def test_the_tables_hold_the_numbers(written):
         metric = "kind " + kind.replace(" ", "_")
         assert kinds[kind][2] == f"{100 * result['arms']['base'][metric][0]:.2f}"
         assert int(kinds[kind][1]) == sum(task.kinds[:K].count(kind.replace(" ", "_")) for task in written[3])
-    gaps = [row for row in found["Exposure bias"] if row[1] == "gap EB"]
-    assert len(gaps) == 3 and gaps[0][4] == "–" and gaps[0][2].endswith("n.s. (n = 16)")
+    lost = {(row[0], row[1]): row[2:] for row in found["What was lost: room, skill, wear"][2:]}
+    for arm, values in result["arms"].items():
+        for words, metric in (("possible", "possible"), ("M clean", "M_clean")):
+            low, high = values["interval_95"][metric][1]
+            assert lost[arm, words][1] == f"{100 * values[metric][1]:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
+        low, high = values["interval_95"]["wear_pooled"][0]
+        pooled = f"{100 * values['wear_pooled'][0]:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+        assert lost[arm, "wear, turns 2 to 3 pooled"] == ["", "", pooled + " n.s." * (low <= 0 <= high)]
+        for words, metric in (("CC, own outputs", "CC_self"), ("CC, clean context", "CC_clean")):
+            assert lost[arm, words] == [f"{100 * x:.2f}" for x in values[metric][:2]] + ["–"]
+    # turn 1 has nothing to wear, turn 3 no clean context
+    assert lost["base", "wear"][::2] == ["–", "–"] and lost["base", "wear"][1].endswith("n.s. (n = 16)")
     assert found["How many verdicts"][3][2] == "15 / 15 / 16"                # tuned, turn 2
 
 
@@ -99,8 +113,13 @@ def test_names_are_spelled_as_they_are(tmp_path, profile, sentence):
     """Catches: "Edival's own verdicts; cc is", "not edival-if": a sentence put in capitals by rule; a proxy's numbers
     without the word."""
     tasks = make_tasks(3, K=K)
-    arms = make_arms({"base": .5, "tuned": .5}, 3)
+    arms = make_arms({"base": .5, "tuned": .5}, 3, embedded=False)
     report.write_report(tmp_path, summarise(arms, tasks, profile=profile, note="CC by DINOv3"), arms, tasks)
+    # what is lost for want of room is known of the embedded world alone
+    text = (tmp_path / "tables.md").read_text()
+    assert "## Wear and drift" in text and "What was lost" not in text and "possible" not in text
+    figures = {file.stem for file in (tmp_path / "figures").glob("*")}
+    assert not figures or figures == {"success", "plane", "wear", "drift", "kinds"}
     page = (tmp_path / "report.html").read_text().replace("&#39;", "'")
     for text in ((tmp_path / "tables.md").read_text(), page):
         assert sentence in text and "CC by DINOv3" in text
@@ -144,7 +163,7 @@ def test_the_html_stands_alone_and_says_what_its_filters_need(written):
     large = [image for image in reader.images if image.get("class") == "large"]
     small = [image for image in reader.images if image.get("class") in ("ok", "no", "unknown")]
     assert len(large) == 8 * (1 + 3) and len(small) == 8 * 3 * K
-    assert len(reader.images) == len(large) + len(small) + 5 + len(list((out / "sheets").iterdir()))
+    assert len(reader.images) == len(large) + len(small) + 6 + len(list((out / "sheets").iterdir()))
     for i, task in enumerate(reader.tasks):
         assert task["data-kind"].split() == tasks[i].kinds[:3]
         for j, arm in enumerate(arms):
@@ -202,8 +221,9 @@ def axes():
 
 def test_figures_put_points_and_intervals_where_their_numbers_are():
     """Catches: turns beside their ticks, an interval around another point, a metric of another arm, a scale of 1."""
-    values = {"IF": [.5, None, .25], "M": [.5, .4, .3], "CC": [.9, .8, .7], "EB": [0, .2, None],
-              "interval_95": {"IF": [[.4, .7], None, [.2, .25]], "M": [[.4, .6]] * 3, "EB": [[0, 0], [-.1, .3], None]}}
+    values = {"IF": [.5, None, .25], "M": [.5, .4, .3], "CC": [.9, .8, .7], "wear": [0, .2, None],
+              "interval_95": {"IF": [[.4, .7], None, [.2, .25]], "M": [[.4, .6]] * 3,
+                              "wear": [[0, 0], [-.1, .3], None]}}
     middle, reach = report.numbers(values | {"interval_95": {"IF": values["interval_95"]["IF"]}}, "IF", 100)
     assert np.allclose(middle, [50, NAN, 25], equal_nan=True)
     assert np.allclose(reach, [[10, NAN, 5], [20, NAN, 0]], equal_nan=True)
@@ -216,7 +236,7 @@ def test_figures_put_points_and_intervals_where_their_numbers_are():
         assert np.allclose(line.get_ydata(), [50, NAN, 25], equal_nan=True)
         assert np.allclose(spans.get_segments()[0], [[1 + place, 40], [1 + place, 70]])
     plot = axes()
-    report.paint_bars(plot, {"a": values, "b": values}, [("turn 2", "EB", 1), ("turn 3", "EB", 2)])
+    report.paint_bars(plot, {"a": values, "b": values}, [("turn 2", "wear", 1), ("turn 3", "wear", 2)])
     assert [bar.get_height() for bar in plot.patches][::2] == [20, 20]
     assert [text.get_text() for text in plot.get_xticklabels()] == ["turn 2", "turn 3"]
     plot = axes()
@@ -226,6 +246,49 @@ def test_figures_put_points_and_intervals_where_their_numbers_are():
     for curve in plot.lines[1:]:
         O = (curve.get_xdata() * curve.get_ydata()) ** .5
         assert np.allclose(O, O[0]) and O[0] % 5 == pytest.approx(0, abs=1e-6)
+
+
+def test_what_the_dialogues_died_of_adds_up_to_what_was_lost():
+    """Catches: shares of the survivors taken for shares of all; wear of the wrong sign; a turn or an arm beside its
+    name; what is won hidden behind what is lost."""
+    base = {"IF": [.9, .54, 0, 0], "possible": [1, .8, .5, None], "M_clean": [.9, .9, .2, None],
+            "wear": [0, -.15, -.2, None]}
+    tuned = {"IF": [1, .9, .8, .8], "possible": [1, 1, 1, 1], "M_clean": [1, .8, .9, 1], "wear": [0, .1, -.1 / 9, 0]}
+    lost = report.losses(base)
+    assert np.allclose(lost[:, 1], [.9 * .2, .9 * .8 * .1, .9 * .8 * .15]) and np.allclose(lost[:, 3], 0)
+    for values in (base, tuned):
+        IF = np.array([1, *values["IF"]])
+        assert np.allclose(report.losses(values).sum(0), IF[:-1] - IF[1:])
+    plot = axes()
+    report.paint_losses(plot, {"base": base, "tuned": tuned})
+    (rooms, skills, wears), (_, more, less) = plot.containers[:3], plot.containers[3:]
+    assert [bar.get_label() for bar in (rooms, skills, wears)] == ["room", "skill", "wear"]
+    # base at turn 2: one upon the other
+    room, skill, wear = (bars[1] for bars in (rooms, skills, wears))
+    assert (room.get_y(), room.get_height()) == pytest.approx((0, 18)) and skill.get_y() == pytest.approx(18)
+    assert (wear.get_y(), wear.get_height()) == pytest.approx((25.2, 10.8))
+    # tuned at turn 2: beside it, and what wear has won is below 0
+    assert more[1].get_x() > room.get_x() and (more[1].get_y(), more[1].get_height()) == pytest.approx((0, 20))
+    assert (less[1].get_y(), less[1].get_height()) == pytest.approx((0, -10))
+    assert [text.get_text() for text in plot.get_xticklabels()] == [f"turn {k}" for k in (1, 2, 3, 4)]
+    ticks = dict(zip(plot.get_xticks(minor=True).round(3), [t.get_text() for t in plot.get_xticklabels(minor=True)]))
+    for bars, name in ((rooms, "base"), (more, "tuned")):
+        assert {ticks[round(bar.get_x() + bar.get_width() / 2, 3)] for bar in bars} == {name}
+
+
+def test_open_places_are_shown_where_they_are():
+    """Catches: rows and columns exchanged, the top at the bottom, counts of another arm."""
+    plot, counts = axes(), list(range(1, 10))
+    report.paint_places(plot, {"base": {"places": counts}, "none": {}, "tuned": {"places": counts[::-1]}})
+    assert [text.get_text() for text in plot.texts] == ["base", *map(str, counts), "tuned", *map(str, counts[::-1])]
+    down = plot.get_ylim()
+    # the first cell is at the top left, the second one beside it
+    first, second, fourth = (plot.texts[i].get_position() for i in (1, 2, 4))
+    assert down[0] > down[1] and second == (first[0] + 1, first[1]) and fourth == (first[0], first[1] + 1)
+    for image, start in zip(plot.images, (0, 3.5)):
+        left, right, bottom, top = image.get_extent()
+        assert (left, right, bottom, top) == (start, start + 3, 3, 0) and image.get_array()[0, 0] in (1 / 45, 9 / 45)
+    assert plot.texts[10].get_position()[0] == 5
 
 
 @pytest.mark.parametrize("case", ["no success", "one dialogue", "no consistency", "the judge failed"])
@@ -242,7 +305,7 @@ def test_figures_are_drawn_of_poor_results(tmp_path, case, recwarn):
             scores.success[:] = NAN
     report.write_report(tmp_path, summarise(arms, tasks), arms, tasks)
     figures = {f.stem for f in (tmp_path / "figures").iterdir()}
-    assert figures == {"success", "plane", "exposure", "drift", "kinds"} - (
+    assert figures == {"success", "plane", "losses", "places", "drift", "kinds"} - (
         {"plane"} if case in ("no consistency", "the judge failed") else set())
     assert (tmp_path / "report.html").stat().st_size > 1000
     assert not [w for w in recwarn if "divide" in str(w.message)]

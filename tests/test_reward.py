@@ -29,7 +29,9 @@ from shapes import world
 def test_the_exact_judge_keeps_rows_columns_and_turns_apart():
     """Columns swapped, a picture judged against another task, another turn, or the picture before the edit."""
     judge = reward.load("exact")
-    assert judge.names == ["following", "consistency", "success"] and len(judge.weights) == 3 and judge.weights[2] == 0
+    assert judge.names == ["following", "consistency", "success", "possible"]
+    # nothing is trained on what is 0 or 1
+    assert judge.weights[2:] == [0, 0] and sum(judge.weights) == 1
     tasks = [task for task in data.load("shapes", "test", 3, limit=6) for _ in range(2)]         # S = 12: groups of 2
     good = torch.from_numpy(np.stack([world.render(task.meta["scenes"]) for task in tasks]))     # (S, 4, H, W, 3)
     good = good.permute(0, 1, 4, 2, 3)
@@ -39,9 +41,32 @@ def test_the_exact_judge_keeps_rows_columns_and_turns_apart():
         r = judge(tasks, images, k)
         after, before = (images[:, i].permute(0, 2, 3, 1).numpy() for i in (-1, -2))
         success, following, consistency = world.judge(after, before, [task.meta["scenes"][:k + 2] for task in tasks])
-        assert r.shape == (12, 3) and r.dtype == torch.float32
-        assert torch.equal(r, torch.tensor(np.stack([following, consistency, success], 1)))
-        assert r[:, 2].tolist() == [1, 0] * 6 and r.min() >= 0 and r.max() <= 1
+        assert r.shape == (12, 4) and r.dtype == torch.float32
+        assert torch.equal(r[:, :3], torch.tensor(np.stack([following, consistency, success], 1)))
+        assert r[:, 2].tolist() == [1, 0] * 6 and r.min() >= 0 and r.max() <= 1 and r[:, 3].min() == 1
+
+
+def test_the_exact_judge_follows_the_editors_choices():
+    """A sample judged by the plan, or by what another sample of its group has chosen; a dialogue given up where one
+    turn has become impossible."""
+    ring, star = world.Object("ring", "red", "metal"), world.Object("star", "blue", "metal")
+    operations = [world.Operation("subject_add", new=ring),
+                  world.Operation("subject_add", ("ring", "red"), star, direction="left of"),
+                  world.Operation("background_change", background="mint")]
+    start, put = world.Scene("sand", (None,) * 9), lambda scene, place, new: world.apply(
+        scene, world.Operation("subject_add", new=new, place=place))
+    planned = [start, put(start, 4, ring), put(put(start, 4, ring), 3, star)]
+    task = Task(Image.fromarray(world.render([start])[0]), ["Add", "Add", "Make"], ["", "", ""],
+                {"scenes": [*planned, planned[2]._replace(background="mint")], "operations": operations})
+    # one as planned, one elsewhere, one elsewhere but drawn as planned, one where nothing is left of it
+    shown = [planned[1:], [put(start, 8, ring), put(put(start, 8, ring), 7, star)],
+             [put(start, 8, ring), put(put(start, 8, ring), 3, star)], [put(start, 6, ring)] * 2]
+    pictures = [[start, *scenes, scenes[1]._replace(background="mint")] for scenes in shown]
+    images = torch.from_numpy(np.stack([world.render(scenes) for scenes in pictures])).permute(0, 1, 4, 2, 3)
+    r = torch.stack([reward.load("exact")([task] * 4, images[:, :k + 2], k) for k in range(3)], 1)
+    assert r[..., 2].tolist() == [[1, 1, 1], [1, 1, 1], [1, 0, 1], [1, 0, 1]]
+    assert r[..., 3].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 0, 1]]
+    assert r[3, 1, 0] == 0 and r[3, 1, 1] > .98
 
 
 def test_the_exact_judge_refuses_pictures_of_the_real_world():
@@ -95,7 +120,7 @@ def test_a_judge_in_process_on_a_cpu_works_at_once(llava):
     tasks = data.load("shapes", "test", 1, limit=2)
     images = torch.from_numpy(np.stack([world.render(task.meta["scenes"]) for task in tasks])).permute(0, 1, 4, 2, 3)
     future = reward.load("exact").start(tasks, images, 0)
-    assert future.done() and future.result().shape == (2, 3)
+    assert future.done() and future.result().shape == (2, 4)
 
 
 @pytest.mark.parametrize("background", [False, True])

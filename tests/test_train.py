@@ -602,7 +602,8 @@ def test_the_default_judge_is_the_shipped_one_and_the_exact_one_looks_on(tmp_pat
     assert json.loads((tmp_path / "run" / "config.json").read_text())["judge"] == "shapes/judge"
     (row,) = metrics(tmp_path / "run")
     names = {name.split("_turn")[0] for name in row if name.startswith(("reward/", "referee/"))}
-    assert names == {"reward/following", "reward/consistency", "referee/following", "referee/consistency", "referee/success"}
+    of_referee = {f"referee/{name}" for name in ("following", "consistency", "success", "possible")}
+    assert names == {"reward/following", "reward/consistency"} | of_referee
     assert row["judge/failed"] == 0 and abs(row["reward/following"] - row["referee/following"]) < .2
     assert "success" in json.loads((tmp_path / "run" / "validation.json").read_text())["arms"]["base"]["rewards"]
 

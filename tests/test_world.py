@@ -16,11 +16,12 @@ from shapes.world import BACKGROUNDS, CELL, COLORS, CONTENTS, HELD_OUT, KINDS, M
 ROOT = Path(__file__).resolve().parent.parent
 EDIVAL = {"subject_add", "subject_remove", "subject_replace", "color_alter", "material_alter", "position_change",
           "background_change", "count_change", "text_change"}
-TASKS = world.dialogues("test", 200, 3)
-TEXTS = [text for texts, _, _ in TASKS for text in texts]
-KIND = np.array([kind for _, kinds, _ in TASKS for kind in kinds])
-BEFORE = [scene for _, _, scenes in TASKS for scene in scenes[:-1]]
-AFTER = [scene for _, _, scenes in TASKS for scene in scenes[1:]]
+TASKS = world.dialogues("test", 300, 3)
+TEXTS = [text for task in TASKS for text in task.instructions]
+ASKED = [operation for task in TASKS for operation in task.operations]
+KIND = np.array([operation.kind for operation in ASKED])
+BEFORE = [scene for task in TASKS for scene in task.scenes[:-1]]
+AFTER = [scene for task in TASKS for scene in task.scenes[1:]]
 RIGHT = world.render(AFTER)
 
 
@@ -183,11 +184,11 @@ def test_consistency_over_turns_counts_drift_and_lost_edits_but_no_failed_ones()
     drift that is forgiven because it is already in the picture before."""
     rng = random.Random(3)
     gone, rows = [], []
-    for n, (_, _, scenes) in enumerate(TASKS):
+    for n, scenes in enumerate(task.scenes for task in TASKS):
         made = [i for i in differing(*scenes[:2]) if scenes[1].cells[i] and scenes[1].cells[i] == scenes[2].cells[i]]
         if made:
             rows.append(n), gone.append(put(scenes[2], {made[0]: None}))      # turn 2 loses what turn 1 made
-    all_scenes = [scenes for _, _, scenes in TASKS]
+    all_scenes = [task.scenes for task in TASKS]
     first, second, third = (world.render([s[k] for s in all_scenes]) for k in (0, 1, 2))
     scenes = [s[:3] for s in all_scenes]
     copy, kept = world.judge(first, first, scenes), world.judge(third, second, scenes)
@@ -265,10 +266,14 @@ def test_the_graded_score_falls_all_the_way_towards_the_wrong_picture():
     assert (np.diff(means) < 0).all() and (np.diff(means)[:5] < -.05).all() and means[0] - means[-1] > .95
 
 
+def test_an_edit_that_is_impossible_fails_and_a_copy_keeps_everything():
+    """A judge that scores an edit that changes nothing as done, or that charges it to consistency."""
+    success, following, consistency = judge(RIGHT, AFTER, AFTER)
+    assert success.max() == following.max() == 0 and consistency.min() > .98
+
+
 def test_the_judge_refuses_what_it_cannot_judge():
-    """A judge that scores an edit that changes nothing as done, or a picture of another size by reshaping it."""
-    with pytest.raises(ValueError, match="edit 1 of 2 changes nothing"):
-        judge(RIGHT[:2], [BEFORE[0], AFTER[1]], AFTER[:2])
+    """A picture of another size scored by reshaping it; a split or a kind that there is not."""
     with pytest.raises(ValueError, match="48 x 48.*96, 24"):
         world.read(np.zeros((1, 96, 24, 3), np.uint8))
     with pytest.raises(ValueError, match="'valid' is none of train, val, test"):
@@ -277,7 +282,159 @@ def test_the_judge_refuses_what_it_cannot_judge():
         world.sample_edit(BEFORE[0], random.Random(0), "paint")
 
 
+# ---------------------------------------------------------------------------------------- places that are left open
+
+RING, STAR, CROSS = (world.Object(shape, "blue", "metal") for shape in ("ring", "star", "cross"))
+OPEN_RING = world.Operation("subject_add", new=RING)
+
+
+def star_beside_ring(direction):
+    return world.Operation("subject_add", ("ring", "blue"), STAR, direction=direction)
+
+
+def at(cells):
+    """A scene on sand with objects in these cells {place: object}."""
+    return put(world.Scene("sand", (None,) * 9), cells)
+
+
+def play(start, operations, shown):
+    """Scenes and possible of one dialogue whose pictures show these scenes, with success of each turn."""
+    pictures = world.render([start, *shown])[None]
+    (scenes,), possible = world.resolve([start], [operations], pictures)
+    good = []
+    for k in range(len(operations)):
+        success, _, _ = world.judge(pictures[:, k + 1], pictures[:, k], [scenes[:k + 2]])
+        good.append(success.item())
+    return scenes, possible[0].tolist(), good
+
+
+def test_planned_scenes_that_are_drawn_resolve_to_themselves_and_are_right():
+    """A planned dialogue that the judge takes for another: its own scenes would be found wrong, or impossible."""
+    pictures = world.render([scene for task in TASKS for scene in task.scenes]).reshape(-1, 4, SIZE, SIZE, 3)
+    starts, operations = [task.scenes[0] for task in TASKS], [task.operations for task in TASKS]
+    scenes, possible = world.resolve(starts, operations, pictures)
+    assert scenes == [task.scenes for task in TASKS] and possible.shape == (len(TASKS), 3) and possible.all()
+    for k in range(3):
+        success, following, consistency = world.judge(pictures[:, k + 1], pictures[:, k], [s[:k + 2] for s in scenes])
+        assert success.min() == 1 and following.min() > .88 and consistency.min() > .98
+    # of fewer pictures than operations only what they show
+    scenes, possible = world.resolve(starts, operations, pictures[:, :2])
+    assert scenes == [task.scenes[:2] for task in TASKS] and possible.shape == (len(TASKS), 1)
+
+
+def test_what_is_openly_added_is_right_in_every_free_cell_and_in_no_other():
+    """A plan that is the only right place; an object that may be drawn over; a wrong object that is right somewhere."""
+    rows = [n for n, operation in enumerate(ASKED) if operation.open]
+    assert len(rows) > 100
+    for n in rows[:60]:
+        before, operation = BEFORE[n], ASKED[n]
+        other = operation.new._replace(color=next(c for c in COLORS if c != operation.new.color))
+        for i in range(9):
+            free = not before.cells[i]
+            after, wrong = put(before, {i: operation.new}), put(before, {i: other})
+            scenes, possible, good = play(before, [operation], [after])
+            assert possible == [True] and good == [free] and (scenes[1] == after) == free
+            assert play(before, [operation], [wrong])[2] == [0]
+        # not drawn at all: that is want of skill, not of room
+        assert play(before, [operation], [before])[1:] == ([True], [0])
+
+
+def test_what_goes_beside_an_object_is_judged_where_that_object_was_put():
+    """A later turn judged by the plan: right where it cannot be, wrong where the editor did as it was told."""
+    start, turns = at({8: CROSS}), [OPEN_RING, star_beside_ring("left of")]
+    for place in (1, 2, 4, 5, 7):
+        ring = put(start, {place: RING})
+        scenes, possible, good = play(start, turns, [ring, put(ring, {place - 1: STAR})])
+        assert scenes[2] == at({8: CROSS, place: RING, place - 1: STAR}) and possible == [True, True] and good == [1, 1]
+        for other in {0, 1, 3, 4, 6} - {place, place - 1}:
+            assert play(start, turns, [ring, put(ring, {other: STAR})])[1:] == ([True, True], [1, 0])
+    # an object that was never drawn belongs where the picture looks most like it: the next turn is possible somewhere
+    assert play(start, turns, [start, start])[2] == [0, 0]
+
+
+@pytest.mark.parametrize("place, direction, why", [(3, "left of", "outside"), (2, "right of", "outside"),
+                                                   (1, "above", "outside"), (6, "below", "outside"),
+                                                   (5, "below", "taken"), (7, "right of", "taken")])
+def test_a_choice_that_leaves_no_room_makes_a_later_turn_impossible(place, direction, why):
+    """A cell round the edge of the grid, or a taken one, that passes for room; a dialogue that ends there."""
+    start, ring = at({8: CROSS}), at({8: CROSS, place: RING})
+    assert (world.beside(place, direction) is None) == (why == "outside")
+    moved = world.Operation("background_change", background="mint")
+    # turn 2 is impossible and whatever is drawn fails; turn 3 is asked of what turn 1 made, and turn 4 has room
+    turns = [OPEN_RING, star_beside_ring(direction), moved, world.Operation("subject_remove", ("ring", "blue"))]
+    for drawn in (ring, put(ring, {0: STAR}), put(ring, {8: STAR})):
+        scenes, possible, good = play(start, turns, [ring, drawn, ring._replace(background="mint"),
+                                                     start._replace(background="mint")])
+        assert possible == [True, False, True, True] and good == [1, 0, 1, 1]
+        assert scenes == [start, ring, ring, ring._replace(background="mint"), start._replace(background="mint")]
+    # without the object there is nothing beside it
+    lost = [world.Operation("subject_remove", ("ring", "blue")), star_beside_ring(direction)]
+    assert play(ring, lost, [start, start])[1:] == ([True, False], [1, 0])
+
+
+def test_dialogues_are_resolved_apart():
+    """The choice of one dialogue that moves the object of another, where they are resolved together."""
+    start, turns = at({8: CROSS}), [OPEN_RING, star_beside_ring("left of")]
+    told = world.Operation("subject_add", new=RING, place=4)
+    dialogues = [(turns, 1), ([told, turns[1]], 4), (turns, 3), (turns, 5)]
+    pictures = np.stack([world.render([start, at({8: CROSS, place: RING}), start]) for _, place in dialogues])
+    scenes, possible = world.resolve([start] * 4, [operations for operations, _ in dialogues], pictures)
+    assert [s[1] for s in scenes] == [at({8: CROSS, place: RING}) for _, place in dialogues]
+    assert possible.tolist() == [[True, True], [True, True], [True, False], [True, True]]
+
+
+def test_a_grid_without_room_makes_an_open_addition_impossible():
+    """A full grid in which some cell is drawn over."""
+    full = at({i: world.Object(SHAPES[i % 6], "red" if i < 6 else "green", "metal") for i in range(9)})
+    assert play(full, [OPEN_RING], [put(full, {0: RING})])[1:] == ([False], [0])
+
+
+def possible_so_far(dialogues, choose):
+    """Share of dialogues in which all turns are possible for an editor that does all as asked, and chooses so."""
+    lost = 0
+    for i, dialogue in enumerate(dialogues):
+        scene, rng = dialogue.scenes[0], random.Random(i)
+        for operation in dialogue.operations:
+            free = [cell for cell in range(9) if not scene.cells[cell]]
+            scene = world.apply(scene, operation, choose(scene, free, rng) if operation.open else None)
+            if scene is None:
+                lost += 1
+                break
+    return 1 - lost / len(dialogues)
+
+
+def test_where_a_thing_is_put_decides_what_can_follow():
+    """A world without a gap between planning and chance: multi-turn training would have nothing to teach there."""
+    def roomy(scene, free, rng):
+        def room(place):
+            around = [world.beside(place, direction) for direction in world.DIRECTIONS]
+            return sum(cell is not None and not scene.cells[cell] for cell in around)
+        return max(free, key=room)
+
+    dialogues = world.dialogues("test", 2000, 3)
+    even = possible_so_far(dialogues, lambda scene, free, rng: rng.choice(free))
+    planned = possible_so_far(dialogues, roomy)
+    assert planned - even > .15, (even, planned)
+
+
 # ----------------------------------------------------------------------------------------------------------- dialogues
+
+def check_addition(text, before, place, new, named, operation):
+    """An addition says its place, or nothing of it, or of which object it goes on which side."""
+    told = text.split(f" a {new.color} {new.material} {new.shape}", 1)[1]
+    if operation.open:
+        assert told in ("", " somewhere", " anywhere") and not named
+    elif operation.direction:
+        (color, shape), = named
+        anchor = [i for i, c in enumerate(before.cells) if c and (c.color, c.shape) == (color, shape)]
+        sides = {" left of": -1, " right of": 1, " above": -3, " below": 3}
+        side = told.removesuffix(f" the {color} {shape}")
+        assert anchor == [place - sides[side]]
+        # not round the edge of the grid
+        assert anchor[0] // 3 == place // 3 or anchor[0] % 3 == place % 3
+    else:
+        assert told.removesuffix(" cell").endswith(f" the {PLACES[place]}") and not named
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_instruction_says_exactly_what_changes(kind):
@@ -298,8 +455,8 @@ def test_an_instruction_says_exactly_what_changes(kind):
         else:
             assert len(cells) == 1
         if kind == "subject_add":
-            assert old is None and f"a {new.color} {new.material} {new.shape} " in text and not named
-            assert text.removesuffix(" cell").endswith(f"the {PLACES[cells[0]]}")
+            assert old is None
+            check_addition(text, before, cells[0], new, named, ASKED[n])
             continue
         # the object that the text names is the one that changes, and no other object has its colour and shape
         assert named == [(old.color, old.shape)]
@@ -317,8 +474,8 @@ def test_an_instruction_says_exactly_what_changes(kind):
 
 def test_no_expected_scene_holds_two_objects_of_the_same_colour_and_shape():
     """"The red star" would be ambiguous at a later turn, and a right edit be judged wrong."""
-    for _, _, scenes in world.dialogues("train", 300, 6):
-        for scene in scenes:
+    for dialogue in world.dialogues("train", 300, 6):
+        for scene in dialogue.scenes:
             names = [(c.color, c.shape) for c in scene.cells if c]
             assert len(set(names)) == len(names) and names
 
@@ -327,9 +484,45 @@ def test_kinds_of_a_dialogue_differ_and_are_seven_of_edivals_nine():
     """A dialogue of three recolourings, or names under which results could not be set beside EdiVal's."""
     assert len(set(KINDS)) >= 7 and set(KINDS) <= EDIVAL and set(KIND) == set(KINDS)
     for K in (1, 3, 7):
-        assert all(len(set(kinds)) == len(kinds) == K for _, kinds, _ in world.dialogues("val", 100, K))
-    shapes = {(len(texts), len(kinds), len(scenes)) for texts, kinds, scenes in TASKS}
-    assert shapes == {(3, 3, 4)}
+        for dialogue in world.dialogues("val", 100, K):
+            others = [o.kind for o in dialogue.operations if not (o.open or o.direction)]
+            assert len(set(others)) == len(others) and len(dialogue.kinds) == K
+    shapes = {(len(d.instructions), len(d.operations), len(d.kinds), len(d.scenes)) for d in TASKS}
+    assert shapes == {(3, 3, 3, 4)}
+
+
+def test_all_kinds_and_all_ways_of_adding_occur():
+    """A kind that is drowned by additions: editor and judge would hardly see it; additions that all tell their place."""
+    for split, K in (("train", 3), ("test", 3), ("train", 1)):
+        asked = [operation for dialogue in world.dialogues(split, 500, K) for operation in dialogue.operations]
+        share = lambda test: sum(map(test, asked)) / len(asked)
+        assert all(share(lambda o: o.kind == kind) > .03 for kind in KINDS), split
+        added = [o for o in asked if o.kind == "subject_add"]
+        ways = {"open": [o for o in added if o.open], "beside": [o for o in added if o.direction],
+                "told": [o for o in added if o.place is not None]}
+        assert all(len(some) > .05 * len(asked) for some in ways.values()) and sum(map(len, ways.values())) == len(added)
+        # what an open addition has made is what others go beside
+        built = sum(any(o.key == (a.new.shape, a.new.color) for a in dialogue.operations[:k] if a.open)
+                    for dialogue in world.dialogues(split, 500, K) for k, o in enumerate(dialogue.operations)
+                    if o.direction)
+        assert K == 1 or built == len(ways["beside"])
+
+
+def test_one_turn_is_any_turn_of_a_dialogue_of_three():
+    """Single-turn training that never sees an addition beside an object, or that sees first turns only."""
+    origins = [0, 0, 0]
+    for i in range(300):
+        (one,), (whole,) = world.dialogues("train", 1, 1, i), world.dialogues("train", 1, 3, i)
+        k = whole.operations.index(one.operations[0])
+        assert (one.instructions, one.scenes) == (whole.instructions[k:k + 1], whole.scenes[k:k + 2])
+        origins[k] += 1
+    assert min(origins) > 70
+
+
+def test_a_dialogue_begins_like_a_longer_one():
+    """Another dialogue for another K: an evaluation could not be given more turns, and K would change the tasks."""
+    for short, long in zip(world.dialogues("val", 200, 3), world.dialogues("val", 200, 5)):
+        assert short == world.Dialogue(long.instructions[:3], long.operations[:3], long.scenes[:4])
 
 
 def test_long_dialogues_end():
@@ -342,7 +535,7 @@ def test_long_dialogues_end():
 
     allowed = [o for o in CONTENTS[1:] if o not in HELD_OUT]
     for seed, K in (("train 544", 9), ("train 523", 20), ("train 1784", 20)):     # these do get stuck
-        assert len(world.sample_dialogue(Patience(seed), K, allowed)[0]) == K
+        assert len(world.sample_dialogue(Patience(seed), K, allowed).operations) == K
 
 
 def test_every_kind_is_told_in_several_phrasings():
@@ -354,9 +547,9 @@ def test_every_kind_is_told_in_several_phrasings():
 def test_later_instructions_refer_to_earlier_edits():
     """Dialogues planned on the original scene: the turns would be independent, and errors could not add up."""
     later = 0
-    for texts, _, scenes in TASKS:
-        there = {(c.color, c.shape) for c in scenes[0].cells if c}
-        for text in texts[1:]:
+    for task in TASKS:
+        there = {(c.color, c.shape) for c in task.scenes[0].cells if c}
+        for text in task.instructions[1:]:
             later += any(name not in there for name in objects_named(text))
     assert later > .05 * 2 * len(TASKS)
 
@@ -375,10 +568,13 @@ def test_a_dialogue_is_a_function_of_split_and_index_alone():
 
 
 def test_splits_share_no_dialogue():
-    """A gain measured on the tasks that were trained on."""
+    """A gain measured on the tasks that were trained on, or on their pictures."""
     splits = [{repr(d) for d in world.dialogues(split, 500, 3)} for split in ("train", "val", "test")]
     assert [len(s) for s in splits] == [500] * 3 and len(set.union(*splits)) == 1500
-    assert len({repr(d[2][0]) for split in ("train", "val", "test") for d in world.dialogues(split, 500, 3)}) == 1500
+    # a scene of one object is one of 5,832: chance alone draws some of them twice
+    starts = [d.scenes[0] for split in ("train", "val", "test") for d in world.dialogues(split, 500, 3)]
+    starts = [scene for scene in starts if sum(map(bool, scene.cells)) > 1]
+    assert len(set(starts)) == len(starts) > 1000
 
 
 def test_held_out_combinations_appear_in_the_test_split_only():
@@ -386,7 +582,7 @@ def test_held_out_combinations_appear_in_the_test_split_only():
     assert .05 < len(HELD_OUT) / (len(CONTENTS) - 1) < .25
     for split in ("train", "val", "test"):
         shown, asked = set(), set()
-        for _, _, scenes in world.dialogues(split, 500, 3):
-            shown |= set(scenes[0].cells) & HELD_OUT
-            asked |= {c for scene in scenes[1:] for c in scene.cells} & HELD_OUT
+        for dialogue in world.dialogues(split, 500, 3):
+            shown |= set(dialogue.scenes[0].cells) & HELD_OUT
+            asked |= {c for scene in dialogue.scenes[1:] for c in scene.cells} & HELD_OUT
         assert (shown == asked == HELD_OUT) if split == "test" else not shown | asked
