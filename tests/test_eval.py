@@ -472,6 +472,10 @@ def test_cumulative_success_falls_apart_exactly(rates):
     scores = evaluation.evaluate(FaultyEditor(tasks, rates), reward.load("exact"), tasks, 4, 1, seeds=2, probes=30,
                                  progress=False)
     values = evaluation.summarise({"base": scores}, tasks, samples=10)["arms"]["base"]
+    # the first open addition of a dialogue stands somewhere, if it is right
+    first = [next((k for k, o in enumerate(task.meta["operations"]) if o.open), None) for task in tasks]
+    right = [scores.success[:, row, k].sum().item() for row, k in enumerate(first) if k is not None]
+    assert sum(scores.places) == sum(right) and (0 < sum(right) < 2 * len(right) or rates == (1, 1))
     product = 1
     for k in range(4):
         if values["possible"][k] is None:
@@ -676,6 +680,9 @@ def test_what_is_finished_is_not_repeated_and_what_was_interrupted_goes_on(fault
     assert after.pop(50) == '{"seed": 0, "pa' and after[:50] == scores.splitlines()[:50]
     key = lambda line: re.search('.*"turn": .', line)[0]
     assert sorted(map(key, after)) == sorted(map(key, scores.splitlines()))
+    # a clean context alone is missing
+    next((faulty.out / "arms" / "base" / "clean").iterdir()).unlink()
+    assert close(faulty(*rates, words), first) and len(faulty.loads) == loads + 2 and pictures(faulty.out) == whole
 
 
 def test_clean_contexts_are_planned_on_own_outputs_and_made_once(tmp_path):

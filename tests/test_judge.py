@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import reward
 from fixtures import ROOT, make_tasks, run_script
 from shapes import make_judge, world
@@ -173,9 +174,11 @@ def test_what_it_is_taught_to_say_is_true():
                 assert np.array_equal(should, world.encode_scenes([after])[1][0])
                 assert np.array_equal(verdict, np.where(cells_asked(before, after), 0, 2))
 
-    lazy = make_judge.look(tasks, done[:, [0, 0, 0, 0]])
+    copies = done[:, [0, 0, 0, 0]]
+    lazy = make_judge.look(tasks, copies)
     for i, task in enumerate(tasks):
-        before, after = task.meta["scenes"][:2]
+        # what is openly added, and is nowhere, belongs somewhere
+        (before, after, *_), _ = data.resolve(task, copies[i])
         verdicts = lazy.cells["turn"][i, 0, :, 1]
         assert np.array_equal(verdicts, [np.where(cells_asked(before, after), 1, 2)] * 2)
         changed = [c for c in range(9) if before.cells[c] != after.cells[c]]

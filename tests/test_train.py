@@ -962,7 +962,7 @@ IMPOSSIBLE = {      # what is typed, what the one line must say
     "times beyond the grid": (dict(algo="nft", window=4), "--window 4 .* 3 steps"),
     "aggregate without effect": (dict(aggregate="min", spread="togo"), "--aggregate min .*no effect.*--spread trajectory"),
     "learning rate": (dict(lr=-1), "--lr -1.*greater than 0"),
-    "weights of wrong count": (dict(reward_weights="1,2"), "--reward-weights '1,2' .* 3 .*numbers.*following, consistency, success"),
+    "weights of wrong count": (dict(reward_weights="1,2"), "--reward-weights '1,2' .* 4 .*numbers.*following, consistency, success"),
     "weights all zero": (dict(reward_weights="0,0,0"), "--reward-weights '0,0,0' .*not all 0"),
     "weights no numbers": (dict(reward_weights="a,b,c"), "--reward-weights 'a,b,c' .*numbers"),
     "seed": (dict(seed=10 ** 30), "--seed .*at most"),
