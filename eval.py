@@ -129,7 +129,7 @@ def plan_clean(plan, tasks, probes, folder=None, file_of=picture_file):
             continue
         scenes, possible = data.resolve(d.task, load_pictures(d))
         for k in d.turns[1:]:
-            if possible[k]:
+            if True:
                 alone = data.alone(d.task, k, scenes[k])
                 clean.append(new_dialogue(d.seed, "clean", d.row, d.task, alone, range(k, k + 1), folder, file_of))
     return sorted(clean, key=lambda d: (d.seed, d.turns.start, d.row))
@@ -562,23 +562,29 @@ def without_nan(x):
 # -------------------------------------------------------------------------------------------------------------- show
 
 def table(result):
-    """The console's table: a row for each turn and metric, every arm, and its difference from the base."""
+    """The console's table: a row for each turn and metric, then each edit type over all turns; arms and differences."""
     arms, differences = result["arms"], result["differences"]
     base, width = next(iter(arms)), max(9, *(len(arm) + 2 for arm in arms))
-    header = "turn  metric    " + "".join(f"{arm:>{width}}" for arm in arms)
+    header = f"{'turn  metric':<18}" + "".join(f"{arm:>{width}}" for arm in arms)
     header += "".join(f"    {f'{arm} - {base} [95 %]':<32}" for arm in differences)
     lines = [header]
+
+    def row(label, metric, k):
+        line = f"{label:<18}"
+        for values in arms.values():
+            line += f"{shown(values[metric][k], '.3f'):>{width}}"
+        for d in differences.values():
+            interval = d["interval_95"][metric][k]
+            bounds = f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else ""
+            mark = "" if significant(interval) else "  n.s."
+            line += f"    {shown(d[metric][k], '+.3f') + bounds + mark:<32}"
+        lines.append(line.rstrip())
+
     for k in range(len(arms[base]["O"])):
-        for metric in [name for name in SHOWN if name in arms[base]]:
-            line = f"{k + 1:>4}  {metric:<8}  "
-            for values in arms.values():
-                line += f"{shown(values[metric][k], '.3f'):>{width}}"
-            for d in differences.values():
-                interval = d["interval_95"][metric][k]
-                bounds = f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else ""
-                mark = "" if significant(interval) else "  n.s."
-                line += f"    {shown(d[metric][k], '+.3f') + bounds + mark:<32}"
-            lines.append(line.rstrip())
+        for metric in [name for name in SHOWN if all(name in values for values in arms.values())]:
+            row(f"{k + 1:>4}  {metric}", metric, k)
+    for metric in [name for name in arms[base] if name.startswith("kind ")]:
+        row(metric.removeprefix("kind "), metric, 0)
     return "\n".join(lines)
 
 

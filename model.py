@@ -83,10 +83,10 @@ class Editor:
         self.vae.to(memory_format=self.memory_format)
         if self.device.type == "cuda":
             self.transformer.enable_gradient_checkpointing()
-            # cuDNN's attention, torch's choice on an H100 since 2.11, keeps the plan of a backward pass by the layouts
-            # of q, k and v (aten/src/ATen/native/cudnn/MHA.cpp). Those are the same in Kontext's two kinds of blocks,
-            # that of the gradient is not: the plan of the one reads beyond the other's memory. For the whole process,
-            # since checkpointing computes again outside of any context that the forward was in.
+            # With cuDNN's attention, torch 2.11's choice on an H100, Kontext's update ends in an illegal memory access.
+            # By torch's source (native/cudnn/MHA.cpp) the plan of a backward pass is kept by the layouts of q, k and v.
+            # Those are the same in both kinds of blocks, the gradient's is not: one plan reads beyond the other's
+            # memory. Off for the whole process, since checkpointing computes again outside of the forward's contexts.
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.mean, self.std = self.statistics()                  # of the packed latents' channels
 

@@ -55,7 +55,7 @@ class Config:
     algo: str = option("grpo", "objective", ["grpo", "nft"], group="the run")
     preset: str = option("shapes", "defaults for a kind of editor, on eight GPUs of 80 GB or one; flags win",
                          ["shapes", "kontext", "klein", "qwen", "kontext-1gpu", "klein-1gpu", "qwen-1gpu"])
-    steps: int = option(60, "training steps (rollouts)", low=1)
+    steps: int = option(40, "training steps (rollouts)", low=1)
     out: str = option("", "folder of the run; empty = out/ALGO")
     resume: bool = option(False, "continue the run in --out", switch=True)
     save_every: int = option(10, "steps between checkpoints and contact sheets", low=1)
@@ -94,11 +94,11 @@ class Config:
 
     aggregate: str = option("mean", "turn scores -> trajectory score; whole = the judge is asked once, about all turns",
                             list(AGGREGATE), group="advantages")
-    spread: str = option("turn", "which advantage a turn gets: the trajectory's, its own, or that of the turns to go",
+    spread: str = option("togo", "which advantage a turn gets: the trajectory's, its own, or that of the turns to go",
                          list(SPREAD))
     fuse: str = option("advantage", "where several rewards meet", list(FUSE))
     reward_weights: str = option("", "one number for each reward, by commas; empty = the judge's own")
-    min_std: float = option(.05, "a group with less spread in a reward teaches nothing about it", low=0, high=1)
+    min_std: float = option(.01, "a group with less spread in a reward teaches nothing about it", low=0, high=1)
 
     updates: int = option(2, "optimizer steps per rollout, each on a part of the tasks", low=1, group="the update")
     lr: float = option(4e-4, "learning rate of AdamW", above=0)
@@ -125,7 +125,7 @@ QWEN = REAL | dict(model="Qwen/Qwen-Image-Edit-2509", denoise=10, lora_targets="
 ONE_GPU = dict(tasks=4, group=8, offload=True)     # the others are for eight GPUs: one would take ten times as long
 PRESETS = {
     ("shapes", "grpo"): dict(),
-    ("shapes", "nft"): dict(updates=3, beta=.2, window=2, train_steps="0-3", shared_noise=False),
+    ("shapes", "nft"): dict(updates=3, window=2, train_steps="0-3", shared_noise=False),
     ("kontext", "grpo"): KONTEXT | dict(eta=.8, train_steps="0-3"),
     ("kontext", "nft"): KONTEXT | REAL_NFT | dict(lora_targets="attention", train_steps="0-7"),
     # klein's time shift leaves early steps no signal; klein-base is reported to collapse at a clip of 1e-4

@@ -660,7 +660,7 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "judge", help="folder of the finished judge")
     parser.add_argument("--work", type=Path, default=Path("out/make_judge"), help="folder of checkpoints and pictures")
-    parser.add_argument("--steps", type=int, default=2000, help="steps of 128 questions")
+    parser.add_argument("--steps", type=int, default=2200, help="steps of 128 questions")
     parser.add_argument("--report-only", action="store_true", help="train nothing, compare --out with the exact judge")
     args = parser.parse_args()
     # said now, and not after most of an hour

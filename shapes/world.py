@@ -310,7 +310,7 @@ class Dialogue(NamedTuple):
         return [operation.kind for operation in self.operations]
 
 
-OPEN, BUILD = .6, .65         # chance that a dialogue without an open addition gets one now; that one is built on
+OPEN, BUILD = .6, .7          # chance that a dialogue without an open addition gets one now; that one is built on
 
 
 def sample_dialogue(rng, K, allowed=CONTENTS[1:]):

@@ -214,13 +214,14 @@ def test_what_is_unknown_is_null_in_json():
 
 def test_the_console_table_marks_what_is_not_significant():
     """Catches: difference and interval with opposite signs, or a mark on the wrong rows."""
-    shown = ("M", "IF", "CC", "O")
-    intervals = {"M": [[.1, .3]], "IF": [[.1, .3]], "CC": [[-.1, .4]], "O": [None]}
+    shown = ("M", "IF", "CC", "O", "kind color_alter")
+    intervals = {"M": [[.1, .3]], "IF": [[.1, .3]], "CC": [[-.1, .4]], "O": [None], "kind color_alter": [[.1, .2]]}
     result = {"arms": {"base": {m: [.3] for m in shown}, "tuned": {m: [.5] for m in shown}},
               "differences": {"tuned": {m: [.2] for m in shown} | {"interval_95": intervals}}}
     lines = evaluation.table(result).splitlines()
-    assert len(lines) == 5 and re.search(r"1 +M +0.300 +0.500 +\+0.200 \[\+0.100, \+0.300\]$", lines[1])
-    assert [line.endswith("n.s.") for line in lines[1:]] == [False, False, True, True]
+    assert len(lines) == 6 and re.search(r"1 +M +0.300 +0.500 +\+0.200 \[\+0.100, \+0.300\]$", lines[1])
+    assert [line.endswith("n.s.") for line in lines[1:]] == [False, False, True, True, False]
+    assert re.search(r"^color_alter +0.300 +0.500 +\+0.200 \[\+0.100, \+0.200\]$", lines[5])
 
 
 @pytest.mark.parametrize("interval, yes", [((.01, .2), True), ((-.2, -.01), True), ((0, .2), False), ((-.1, 0), False),
