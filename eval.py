@@ -129,7 +129,7 @@ def plan_clean(plan, tasks, probes, folder=None, file_of=picture_file):
             continue
         scenes, possible = data.resolve(d.task, load_pictures(d))
         for k in d.turns[1:]:
-            if True:
+            if possible[k]:
                 alone = data.alone(d.task, k, scenes[k])
                 clean.append(new_dialogue(d.seed, "clean", d.row, d.task, alone, range(k, k + 1), folder, file_of))
     return sorted(clean, key=lambda d: (d.seed, d.turns.start, d.row))
