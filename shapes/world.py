@@ -455,7 +455,7 @@ def _likeness(seen, wanted):
 
 def judge(pictures, previous, scenes):
     """Judge one edit each: pictures and the pictures before the edit (n, 48, 48, 3) uint8, and n lists of the expected
-    scenes, the original first, the last two before and after this edit: equal where it is impossible, and then it fails.
+    scenes, the original first, the last two before and after this edit: equal where it is impossible, and it fails.
 
     Returns three arrays (n,): `success` in {0, 1}: what the instruction changes reads as asked; `following` in [0, 1],
     graded: the mean belief in each attribute that should change, times that in those that should not, times how sharp
