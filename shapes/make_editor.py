@@ -5,8 +5,7 @@
 
 The result is a FluxKontextPipeline folder: FluxTransformer2DModel, AutoencoderKL, CLIP and T5 text encoders, all tiny.
 It is an honest base model: it sees clean single edits only, never its own outputs, so it is good at one edit and falls
-apart over three by itself. Nothing but the number of steps decides how good it gets. A good quarter of an
-hour on two cores.
+apart over three by itself. Nothing but the number of steps decides how good it gets.
 """
 import argparse
 import json

@@ -494,7 +494,8 @@ def test_kinds_of_a_dialogue_differ_and_are_seven_of_edivals_nine():
 def test_all_kinds_and_all_ways_of_adding_occur():
     """A kind that is drowned by additions: editor and judge would hardly see it; additions that all tell their place."""
     for split, K in (("train", 3), ("test", 3), ("train", 1)):
-        asked = [operation for dialogue in world.dialogues(split, 500, K) for operation in dialogue.operations]
+        dialogues = world.dialogues(split, 1500 // K, K)
+        asked = [operation for dialogue in dialogues for operation in dialogue.operations]
         share = lambda test: sum(map(test, asked)) / len(asked)
         assert all(share(lambda o: o.kind == kind) > .03 for kind in KINDS), split
         added = [o for o in asked if o.kind == "subject_add"]
@@ -503,8 +504,7 @@ def test_all_kinds_and_all_ways_of_adding_occur():
         assert all(len(some) > .05 * len(asked) for some in ways.values()) and sum(map(len, ways.values())) == len(added)
         # what an open addition has made is what others go beside
         built = sum(any(o.key == (a.new.shape, a.new.color) for a in dialogue.operations[:k] if a.open)
-                    for dialogue in world.dialogues(split, 500, K) for k, o in enumerate(dialogue.operations)
-                    if o.direction)
+                    for dialogue in dialogues for k, o in enumerate(dialogue.operations) if o.direction)
         assert K == 1 or built == len(ways["beside"])
 
 
