@@ -617,12 +617,16 @@ def test_two_processes_are_one(end_to_end, algo):
 
 def assert_same_within_rounding(one, two, algo):
     """The metrics and the weights of two runs."""
+    seen = 0
     for a, b in zip(metrics(one), metrics(two), strict=True):
         names = [n for n in a if n.startswith(("reward/", "group_std/", "teaches/", "judge/", "advantage/", "update/"))]
         pairs = {n: (a[n], b[n]) for n in names if "ratio" not in n}          # log-ratios are mostly rounding error
         assert len(pairs) > 15 and all(x == pytest.approx(y, rel=1e-3, abs=1e-4) for x, y in pairs.values()), pairs
-        if algo == "grpo":                                                    # the largest of all processes, not one's own
-            assert a["update/ratio_deviation_2"] == pytest.approx(b["update/ratio_deviation_2"], rel=.05)
+        # the largest of all processes, not one's own; missing where the second update had nothing to train on
+        deviation = "update/ratio_deviation_2"
+        assert (deviation in a) == (deviation in b) and a.get(deviation) == pytest.approx(b.get(deviation), rel=.05)
+        seen += deviation in a
+    assert seen or algo == "nft"
     a, b = state(one), state(two)
     moved = torch.cat([(p - r).abs().flatten() for p, r in zip(a["policy"], a["sets"]["ref"])])
     assert moved.max() > 1e-3
