@@ -452,8 +452,10 @@ def test_ctrl_c_ends_a_script_whose_server_is_silent(script, tmp_path):
                  "eval.py": ["--model", editor_folder(), "--judge", server.spec, "--reasoning", "direct", "--tasks", 2,
                              "--turns", 1, "--denoise", 1, "--probes", 0, "--out", tmp_path / "out"],
                  "train.py": small_run(tmp_path / "out", server.spec, referee="none")}[script]
+        # a shell that starts the tests in the background has them, and their children, ignore Ctrl-C
+        heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen([sys.executable, ROOT / script, *map(str, words)], stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True)
+                                   stderr=subprocess.PIPE, text=True, preexec_fn=heard)
         try:
             assert arrived.wait(120), "the server was never asked"
             time.sleep(.3)
