@@ -94,7 +94,7 @@ class Config:
 
     aggregate: str = option("mean", "turn scores -> trajectory score; whole = the judge is asked once, about all turns",
                             list(AGGREGATE), group="advantages")
-    spread: str = option("togo", "which advantage a turn gets: the trajectory's, its own, or that of the turns to go",
+    spread: str = option("turn", "which advantage a turn gets: the trajectory's, its own, or that of the turns to go",
                          list(SPREAD))
     fuse: str = option("advantage", "where several rewards meet", list(FUSE))
     reward_weights: str = option("", "one number for each reward, by commas; empty = the judge's own")
@@ -104,8 +104,8 @@ class Config:
     lr: float = option(4e-4, "learning rate of AdamW", above=0)
     ema: float = option(.97, "decay of the averaged weights, which are evaluated and saved", low=0, high=1)
     kl: float = option(0., "weight of the KL term mean (v - v_ref)^2", low=0)
-    window: int = option(3, "W: GRPO's consecutive stochastic steps in a turn; times at which NFT takes a loss", low=1)
-    train_steps: str = option("0-4", "first and last denoising step that may be trained; GRPO's last is T - 2 at most")
+    window: int = option(2, "W: GRPO's consecutive stochastic steps in a turn; times at which NFT takes a loss", low=1)
+    train_steps: str = option("0-1", "first and last denoising step that may be trained; GRPO's last is T - 2 at most")
     step_kind: str = option("cps", "GRPO: stochastic step", ["cps", "sde"])
     eta: float = option(.8, "GRPO: noise level of the stochastic steps, at most 1 for cps", above=0)
     clip: float = option(1e-3, "GRPO: clip range of the ratio (small, since log-probs are means over latents)", above=0)
@@ -125,7 +125,7 @@ QWEN = REAL | dict(model="Qwen/Qwen-Image-Edit-2509", denoise=10, lora_targets="
 ONE_GPU = dict(tasks=4, group=8, offload=True)     # the others are for eight GPUs: one would take ten times as long
 PRESETS = {
     ("shapes", "grpo"): dict(),
-    ("shapes", "nft"): dict(updates=3, window=2, train_steps="0-3", shared_noise=False),
+    ("shapes", "nft"): dict(updates=3, spread="togo", train_steps="0-3", shared_noise=False),
     ("kontext", "grpo"): KONTEXT | dict(eta=.8, train_steps="0-3"),
     ("kontext", "nft"): KONTEXT | REAL_NFT | dict(lora_targets="attention", train_steps="0-7"),
     # klein's time shift leaves early steps no signal; klein-base is reported to collapse at a clip of 1e-4

@@ -3,20 +3,21 @@
     python bench/study.py turns --jobs 2        train and evaluate every arm, then report; what is finished is skipped
     python bench/study.py report turns          table and figure once more, from results/turns/ alone
 
-Runs lie in out/study/NAME/, a folder for each arm and training seed; what they said is in the .log beside it. A study
-that was killed goes on where it was, when it is started again. The evidence (config, metrics, scores of every test
-task, commit) goes to results/NAME/, and so do table.md, results.json and figure.png (bench/study_report.py).
+Runs lie in out/study/runs/, a folder for each config and training seed; what they said is in the .log beside it. An arm
+that several studies have is trained and evaluated once. A study that was killed goes on where it was, when it is
+started again. The evidence (config, metrics, scores of every test task, commit) goes to results/NAME/, and so do
+table.md, results.json and figure.png (bench/study_report.py).
 """
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,13 +30,13 @@ import eval as evaluation
 import model
 import reward
 import train
-from advantage import advantages
 from bench import study_report
+from bench.gradients import first_gradients, own_cosines
 from bench.study_report import SCORES, STUDY, pack
 
 STEPS = 40                   # of every arm
 TURNS = 5                    # of the test dialogues
-GRADIENTS = 3                # on disjoint tasks, whose cosines say how much of a gradient is chance
+GRADIENTS = 4                # on disjoint tasks, whose cosines say how much of a gradient is chance
 MOST = 2_000_000             # bytes of evidence of a study
 OUT, RESULTS = Path("out/study"), Path("results")            # in the repository
 # Columns of metrics.jsonl that are evidence, but for those of single turns.
@@ -54,79 +55,63 @@ class Study(NamedTuple):
     cosine: bool = False     # measure the gradients' cosine as well
 
 
-# Ninety edits of eight samples each in a step, however long the dialogues are; the updates divide each of these.
-K1, K3, K5 = "--turns 1 --tasks 90", "--turns 3 --tasks 30", "--turns 5 --tasks 18"
-# The paper's broadcast: every turn gets the trajectory's advantage.
-PAPER = "--spread trajectory"
-# Groups differ less in consistency than in following: the default would switch it off.
-BOTH = "--min-std .002"
+# As many edits of eight samples each in a step as by default, 72, however long the dialogues are (K = 5: 75 or 70).
+K1, K3, K5 = "--turns 1 --tasks 72", "", "--turns 5 --tasks 15"
+K5_GRPO = "--turns 5 --tasks 14"         # its two updates divide them
+# By default at advantage level, following .8 and consistency .2.
+FUSIONS = {"advantage": "", "equal": "--reward-weights 1,1", "reward": "--fuse reward",
+           "following": "--reward-weights 1,0", "consistency": "--reward-weights 0,1"}
+# What the aggregates aggregate: the paper's broadcast, every turn gets the trajectory's advantage.
+BROADCAST = "--spread trajectory"
 
 STUDIES = {
     "turns": Study(
         "Does training on its own outputs make an editor robust to them, and does it teach it to leave room?",
         ["IF_3", "O_3", "O_5", "CC_5", "flatness", "possible", "wear"],
-        {"grpo-k1": f"--algo grpo {PAPER} {K1}",
-         "grpo-k3": f"--algo grpo {PAPER} {K3}",
-         "grpo-k5": f"--algo grpo {PAPER} {K5}",
-         "nft-k1": f"--algo nft {PAPER} {K1}",
-         "nft-k3": f"--algo nft {PAPER} {K3}",
-         "nft-k5": f"--algo nft {PAPER} {K5}"},
-        [["grpo-k1", "grpo-k3", "grpo-k5"], ["nft-k1", "nft-k3", "nft-k5"]]),
+        {"nft-k1": f"--algo nft {K1}",
+         "nft-k3": f"--algo nft {K3}",
+         "nft-k5": f"--algo nft {K5}",
+         "grpo-k1": f"--algo grpo {K1}",
+         "grpo-k3": f"--algo grpo {K3}",
+         "grpo-k5": f"--algo grpo {K5_GRPO}"},
+        [["nft-k1", "nft-k3", "nft-k5"], ["grpo-k1", "grpo-k3", "grpo-k5"]]),
     "credit": Study(
         "Does the broadcast of the trajectory's advantage bridge local planning and global success?",
         ["IF_3", "O_3", "O_5", "possible"],
-        {"grpo-k3-trajectory": f"--algo grpo {K3} --spread trajectory",
-         "grpo-k3-togo": f"--algo grpo {K3} --spread togo",
-         "grpo-k3-turn": f"--algo grpo {K3} --spread turn",
-         "grpo-k5-trajectory": f"--algo grpo {K5} --spread trajectory",
-         "grpo-k5-togo": f"--algo grpo {K5} --spread togo",
-         "grpo-k5-turn": f"--algo grpo {K5} --spread turn",
-         "nft-k3-trajectory": f"--algo nft {K3} --spread trajectory",
-         "nft-k3-togo": f"--algo nft {K3} --spread togo",
-         "nft-k3-turn": f"--algo nft {K3} --spread turn",
-         "nft-k5-trajectory": f"--algo nft {K5} --spread trajectory",
-         "nft-k5-togo": f"--algo nft {K5} --spread togo",
-         "nft-k5-turn": f"--algo nft {K5} --spread turn"},
-        [[f"{start}-{spread}" for spread in ("trajectory", "togo", "turn")]
-         for start in ("grpo-k3", "grpo-k5", "nft-k3", "nft-k5")],
+        {f"{algo}-k{K}-{spread}": f"--algo {algo} {words} --spread {spread}"
+         for algo, K, words in (("nft", 3, K3), ("nft", 5, K5), ("grpo", 3, K3), ("grpo", 5, K5_GRPO))
+         for spread in ("trajectory", "togo", "turn")},
+        [[f"{algo}-k{K}-{spread}" for spread in ("trajectory", "togo", "turn")]
+         for algo in ("nft", "grpo") for K in (3, 5)],
         cosine=True),
     "aggregate": Study(
         "Which score of a trajectory: mean, least, product or last of its turns, or the judge's of the whole?",
         ["IF_3", "O_3", "O_5"],
-        {"mean": f"--algo nft {K3} {PAPER} --aggregate mean",
-         "min": f"--algo nft {K3} {PAPER} --aggregate min",
-         "product": f"--algo nft {K3} {PAPER} --aggregate product",
-         "last": f"--algo nft {K3} {PAPER} --aggregate last",
-         "whole": f"--algo nft {K3} {PAPER} --aggregate whole"}),
+        {aggregate: f"--algo nft {K3} {BROADCAST} --aggregate {aggregate}"
+         for aggregate in ("mean", "min", "product", "last", "whole")}),
     "fusion": Study(
         "Which fusion of following and consistency is hacked, and do later turns restrain it?",
         ["IF_3", "O_3", "CC_3", "M_clean", "wear"],
-        {"k1-advantage": f"--algo nft {K1} {PAPER} {BOTH} --fuse advantage",
-         "k1-reward": f"--algo nft {K1} {PAPER} {BOTH} --fuse reward",
-         "k1-following": f"--algo nft {K1} {PAPER} {BOTH} --reward-weights 1,0",
-         "k1-consistency": f"--algo nft {K1} {PAPER} {BOTH} --reward-weights 0,1",
-         "k3-advantage": f"--algo nft {K3} {PAPER} {BOTH} --fuse advantage",
-         "k3-reward": f"--algo nft {K3} {PAPER} {BOTH} --fuse reward",
-         "k3-following": f"--algo nft {K3} {PAPER} {BOTH} --reward-weights 1,0",
-         "k3-consistency": f"--algo nft {K3} {PAPER} {BOTH} --reward-weights 0,1"},
-        [["k1-advantage", "k1-reward", "k1-following", "k1-consistency"],
-         ["k3-advantage", "k3-reward", "k3-following", "k3-consistency"],
-         *([f"k1-{fuse}", f"k3-{fuse}"] for fuse in ("advantage", "reward", "following", "consistency"))]),
+        {f"k{K}-{name}": f"--algo nft {words} {fusion}"
+         for K, words in ((1, K1), (3, K3))
+         for name, fusion in FUSIONS.items()},
+        [*([f"k{K}-{name}" for name in FUSIONS] for K in (1, 3)),
+         *([f"k1-{name}", f"k3-{name}"] for name in FUSIONS)]),
     "reasoning": Study(
         "How may the judge answer: what do bias and variance of the reward do, at equal steps and equal judge seconds?",
         ["IF_3", "O_3", "O_5"],
-        {"logits": f"--algo nft {K3} {PAPER} --reasoning logits",
-         "direct": f"--algo nft {K3} {PAPER} --reasoning direct",
-         "direct-x4": f"--algo nft {K3} {PAPER} --reasoning direct --votes 4",
-         "think": f"--algo nft {K3} {PAPER} --reasoning think",
-         "think-x4": f"--algo nft {K3} {PAPER} --reasoning think --votes 4"},
+        {"logits": f"--algo nft {K3}",
+         "direct": f"--algo nft {K3} --reasoning direct",
+         "direct-x4": f"--algo nft {K3} --reasoning direct --votes 4",
+         "think": f"--algo nft {K3} --reasoning think",
+         "think-x4": f"--algo nft {K3} --reasoning think --votes 4"},
         clock="seconds/judge_wait"),
     "algorithms": Study(
         "GRPO or NFT, at equal steps and at equal seconds?",
         ["IF_3", "O_3", "O_5"],
-        {"grpo": f"--algo grpo {K3} {PAPER}",
-         "nft": f"--algo nft {K3} {PAPER}"},
-        clock="seconds/total"),
+        {"grpo": f"--algo grpo {K3}",
+         "nft": f"--algo nft {K3}"},
+        clock="seconds/total", cosine=True),
 }
 
 
@@ -201,10 +186,24 @@ def last_line(log):
     return (named or lines or ["it said nothing"])[-1]
 
 
+def run_name(words, seed):
+    """What the run of an arm is called, alike in all studies: all of its config that is not the preset's default."""
+    cfg = asdict(train.parse(words.split()))
+    usual = asdict(train.parse(["--algo", cfg["algo"]]))
+    parts = [f"{name}_{value}" for name, value in cfg.items() if value != usual[name]]
+    return re.sub(r"[^\w.-]", "_", "-".join([cfg["algo"], *parts, str(seed)]))
+
+
+def own_words(words, seed):
+    """What train.py is given besides the arm's words."""
+    out = OUT / "runs" / run_name(words, seed)
+    return ["--steps", str(STEPS), "--val-tasks", "0", "--seed", str(seed), "--out", str(out)]
+
+
 def train_job(name, arm, seed, cfg):
     """The training of an arm with one seed."""
-    out, log = ROOT / cfg.out, ROOT / OUT / name / f"{arm}-{seed}.log"
-    words = STUDIES[name].arms[arm].split()
+    out = ROOT / cfg.out
+    words = STUDIES[name].arms[arm]
 
     def is_done():
         checkpoints = train.checkpoints(out)
@@ -219,18 +218,15 @@ def train_job(name, arm, seed, cfg):
 
     def command():
         resume = ["--resume"] if (out / "config.json").is_file() else []
-        return ["train.py", *words, *common_words(name, arm, seed), *resume]
+        return ["train.py", *words.split(), *own_words(words, seed), *resume]
+    log = out.with_name(f"{out.name}.log")
     return Job(f"study {name}, arm {arm}, seed {seed}, training", log, is_done, command)
-
-
-def common_words(name, arm, seed):
-    return ["--steps", str(STEPS), "--val-tasks", "0", "--seed", str(seed), "--out", str(OUT / name / f"{arm}-{seed}")]
 
 
 def eval_job(name, arm, configs, tasks, processes):
     """The evaluation of an arm's LoRAs, of all its seeds {seed: Config}; what there is of the base is used."""
-    folder = OUT / name / "eval"
-    loras = {f"{arm}-{seed}": cfg.out for seed, cfg in configs.items()}
+    folder = OUT / "eval"
+    loras = {Path(cfg.out).name: cfg.out for cfg in configs.values()}
     cfg = configs[0]
     words = ["eval.py", "--model", cfg.model, "--guidance", cfg.guidance, "--data", cfg.data, "--denoise",
              cfg.eval_denoise, "--turns", TURNS, "--tasks", tasks, "--out", folder]
@@ -239,7 +235,7 @@ def eval_job(name, arm, configs, tasks, processes):
     words = [str(word) for word in words]
 
     # Where all is there, eval.py would only write its report again: a note says what it was given when it ended.
-    note = ROOT / folder / "done" / f"{arm}.json"
+    note = ROOT / folder / "done" / f"{next(iter(loras))}.json"
 
     def is_done():
         files = [model.find_weights(ROOT / path) for path in loras.values()]
@@ -253,53 +249,10 @@ def eval_job(name, arm, configs, tasks, processes):
     def finish():
         note.parent.mkdir(parents=True, exist_ok=True)
         model.write_text(note, json.dumps(words))
-    return Job(f"study {name}, arm {arm}, evaluation", ROOT / OUT / name / "eval.log", is_done, command, finish)
+    return Job(f"study {name}, arm {arm}, evaluation", ROOT / OUT / "eval.log", is_done, command, finish)
 
 
 # ---------------------------------------------------------------------------------------------- how noisy a gradient is
-
-def gradient_cosine(cfg):
-    """Mean cosine between gradients of the first update on GRADIENTS disjoint sets of tasks; None if there is none.
-
-    Each is that of a whole step, before any training: the less of it is chance, the nearer to 1.
-    """
-    cfg = replace(cfg, updates=1, referee="none")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    share = train.divide(cfg, 0, 1)
-    tasks_by_size, _ = train.load_tasks(cfg, 0)
-    judge, _ = train.load_judges(cfg, device, [task for tasks in tasks_by_size.values() for task in tasks])
-    editor, _ = train.load_editor(cfg, device, tasks_by_size)
-
-    # The steps of an epoch have disjoint tasks.
-    gradients = []
-    for step in range(1, 1 + GRADIENTS):
-        tasks = train.choose(tasks_by_size, cfg.tasks, cfg.seed, step)
-        gradients.append(first_gradient(editor, judge, tasks, cfg, step, share))
-    pairs = [(i, j) for i in range(GRADIENTS) for j in range(i)]
-    known = [pair for pair in pairs if gradients[pair[0]] is not None and gradients[pair[1]] is not None]
-    cosines = [torch.cosine_similarity(gradients[i], gradients[j], dim=0).item() for i, j in known]
-    return sum(cosines) / len(cosines) if cosines else None
-
-
-def first_gradient(editor, judge, tasks, cfg, step, share):
-    """The gradient of one update on these tasks, flat, with the weights as they are; None where nothing is learned."""
-    rows = [task for task in tasks for _ in range(cfg.group)]
-    scores = []
-    with editor.using("old"):
-        trajectory = train.rollout(
-            editor, tasks, cfg.group, cfg.turns, cfg.denoise, (cfg.seed, step), train.stochastic_window(cfg, step),
-            cfg.eta, cfg.step_kind, cfg.shared_noise, share.tasks, micro=share.micro,
-            on_turn=lambda k, images: scores.append(judge.start(rows, images, k)))
-    r = train.collect(scores, judge, cfg)
-    weights = train.reward_weights(cfg, judge)
-    A, used = advantages(r, weights, cfg.aggregate, cfg.fuse, cfg.spread, cfg.min_std)
-
-    # An optimizer that moves nothing leaves the gradient where it is.
-    params = list(editor.trained.values())
-    still = SimpleNamespace(param_groups=[], zero_grad=editor.transformer.zero_grad, step=lambda: None)
-    info = train.update(editor, trajectory, A.flatten(0, 1), used.flatten(0, 1), still, cfg, step, share)
-    return torch.cat([p.grad.flatten() for p in params]) if info["taken"] else None
-
 
 def measure_cosines(name, configs):
     """{arm: [cosine of each seed]}, written down as they are measured."""
@@ -309,7 +262,8 @@ def measure_cosines(name, configs):
     for (arm, seed), cfg in configs.items():
         run = f"{arm}-{seed}"
         if run not in there:
-            there[run] = gradient_cosine(cfg)
+            cosines = own_cosines(first_gradients(cfg, GRADIENTS))
+            there[run] = cosines.mean().item() if len(cosines) else None
             model.write_text(file, json.dumps(there))
             print(f"study {name}, arm {arm}, seed {seed}: cosine between gradients {there[run]}", flush=True)
         found.setdefault(arm, []).append(there[run])
@@ -340,9 +294,9 @@ def git(*words):
         return ""
 
 
-def gather(name, configs, commits, cosines):
+def gather(name, study, configs, commits, cosines):
     """Put everything that the report needs into results/NAME/. ValueError if it is more than MOST bytes."""
-    study, folder, results = STUDIES[name], ROOT / OUT / name, ROOT / RESULTS / name
+    folder, results = ROOT / OUT / "eval", ROOT / RESULTS / name
     for (arm, seed), cfg in configs.items():
         place = results / f"{arm}-{seed}"
         place.mkdir(parents=True, exist_ok=True)
@@ -351,15 +305,15 @@ def gather(name, configs, commits, cosines):
         model.write_text(place / "metrics.jsonl", "".join(thin(line) + "\n" for line in lines))
 
     # What each arm did on each test task.
-    record = data.read_json(folder / "eval" / "settings.json")["settings"]
+    record = data.read_json(folder / "settings.json")["settings"]
     settings = evaluation.Settings(**record)
     tasks = data.load(settings.data, settings.split, settings.turns, settings.resolution, settings.tasks)
     judge = reward.load(settings.judge, torch.device("cpu"))
-    scores = {}
-    for lora in ["base", *(f"{arm}-{seed}" for arm, seed in configs)]:
+    scores, loras = {}, {f"{arm}-{seed}": Path(cfg.out).name for (arm, seed), cfg in configs.items()}
+    for run, lora in {"base": "base", **loras}.items():
         found = evaluation.evaluate(None, judge, tasks, settings.turns, settings.denoise, settings.seeds,
-                                    settings.batch, settings.probes, folder / "eval" / "arms" / lora, progress=False)
-        scores[lora] = per_task(found, tasks)
+                                    settings.batch, settings.probes, folder / "arms" / lora, progress=False)
+        scores[run] = per_task(found, tasks)
     model.write_text(results / SCORES, json.dumps(scores, separators=(",", ":")))
 
     seeds = sorted({seed for _, seed in configs})
@@ -394,12 +348,22 @@ def per_task(scores, tasks):
 
 # ---------------------------------------------------------------------------------------------------------- the command
 
-def run(name, seeds, jobs, tasks):
+def only(study, arms):
+    """A study of some of its arms. ValueError if it has no such arm."""
+    for arm in arms:
+        if arm not in study.arms:
+            raise ValueError(f"--arms {arm} is no arm of this study: name some of {', '.join(study.arms)}")
+    groups = [[arm for arm in group if arm in arms] for group in study.compare or [list(study.arms)]]
+    return study._replace(arms={arm: study.arms[arm] for arm in arms}, compare=[group for group in groups if group])
+
+
+def run(name, seeds, jobs, tasks, arms=""):
     """Train and evaluate the arms of a study, as far as that is not done, and gather the evidence."""
-    configs = {}
+    study, configs = STUDIES[name], {}
+    study = only(study, arms.split(",")) if arms else study
     for seed in range(seeds):
-        for arm, words in STUDIES[name].arms.items():
-            cfg = train.parse([*words.split(), *common_words(name, arm, seed)])
+        for arm, words in study.arms.items():
+            cfg = train.parse([*words.split(), *own_words(words, seed)])
             train.check(cfg)
             configs[arm, seed] = cfg
     commits = note_commit(name)
@@ -409,19 +373,20 @@ def run(name, seeds, jobs, tasks):
     threads = max(1, cores // jobs) if jobs > 1 else 0
     work_through([train_job(name, arm, seed, cfg) for (arm, seed), cfg in configs.items()], jobs, threads)
     evaluations = []
-    for arm in STUDIES[name].arms:
+    for arm in study.arms:
         of_arm = {seed: configs[arm, seed] for seed in range(seeds)}
         evaluations.append(eval_job(name, arm, of_arm, tasks, jobs))
     work_through(evaluations, 1, threads)
 
-    cosines = measure_cosines(name, configs) if STUDIES[name].cosine else {}
-    gather(name, configs, commits, cosines)
+    cosines = measure_cosines(name, configs) if study.cosine else {}
+    gather(name, study, configs, commits, cosines)
 
 
 def parse(argv=None):
     parser = data.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter,
-                         usage="%(prog)s [report] NAME [--seeds 3] [--jobs 1] [--tasks 500]")
+                         usage="%(prog)s [report] NAME [--seeds 3] [--jobs 1] [--tasks 500] [--arms A,B]")
     parser.add_argument("words", nargs="+", metavar="NAME", help=f"one of {', '.join(STUDIES)}")
+    parser.add_argument("--arms", help="only these, by commas (default: all of the study)")
     for name, value, help in (("seeds", 3, "training seeds of each arm"),
                               ("jobs", 1, "arms at a time; more than one share the cores"),
                               ("tasks", 500, "test tasks")):
@@ -435,7 +400,8 @@ def parse(argv=None):
     if reports and given:
         raise ValueError(f"--{next(iter(given))} has no effect here: a report reads what was run")
     for flag, value in given.items():
-        data.check_bounds(f"--{flag}", value, {"at least": 1})
+        if flag != "arms":
+            data.check_bounds(f"--{flag}", value, {"at least": 1})
     return names[0], reports, {"seeds": 3, "jobs": 1, "tasks": 500} | given
 
 
