@@ -44,9 +44,6 @@ RUBRICS = {
         "consistency": "Picture 1 is the original, picture 2 was edited into picture 3. The instructions so far, "
                        "the last one for this edit:\n{instructions}\n" + KEPT},
     "trajectory": {"following": STEPS + DONE, "consistency": STEPS + KEPT}}
-# What they count for, unless --reward-weights says otherwise or there are others: a rubric of more rewards counts them
-# alike. Consistency is learned from far fewer samples, so that less of it is enough (docs/results.md).
-WEIGHTS = {"following": .8, "consistency": .2}
 DIGIT = "Answer with one digit from 0 (not at all) to 9 (perfectly)."
 THINK = 'Say what you see. Then end with the score from 0 (not at all) to 9 (perfectly) as JSON: {"score": N}'
 ANSWERS = {"logits": DIGIT, "direct": DIGIT, "think": THINK}
@@ -152,7 +149,7 @@ class ExactJudge(Judge):
     """The embedded world's own judge (shapes/world.py): needs tasks with meta["scenes"] and meta["operations"]."""
     # graded IF, CC, IF as 0 or 1, and whether the turn could be done after what the editor had chosen
     names = ["following", "consistency", "success", "possible"]
-    weights = [*WEIGHTS.values(), 0., 0.]              # graded scores only: groups of equal 0s and 1s teach nothing
+    weights = [.8, .2, 0., 0.]                         # graded scores only: groups of equal 0s and 1s teach nothing
 
     def __init__(self):
         source = Path(__file__).parent / "shapes" / "world.py"
@@ -182,8 +179,7 @@ class VLMJudge(Judge):
     def __init__(self, rubrics, scoring, reasoning, votes=1, workers=32):
         self.rubrics, self.scoring, self.reasoning = rubrics, scoring, reasoning
         self.votes, self.workers = votes, workers
-        self.names = list(rubrics)
-        self.weights = list(WEIGHTS.values()) if self.names == list(WEIGHTS) else [1 / len(rubrics)] * len(rubrics)
+        self.names, self.weights = list(rubrics), [1 / len(rubrics)] * len(rubrics)
 
     def rewards(self, tasks, images, k):
         questions = []

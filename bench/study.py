@@ -58,8 +58,8 @@ class Study(NamedTuple):
 # As many edits of eight samples each in a step as by default, 72, however long the dialogues are (K = 5: 75 or 70).
 K1, K3, K5 = "--turns 1 --tasks 72", "", "--turns 5 --tasks 15"
 K5_GRPO = "--turns 5 --tasks 14"         # its two updates divide them
-# By default at advantage level, following .8 and consistency .2.
-FUSIONS = {"advantage": "", "equal": "--reward-weights 1,1", "reward": "--fuse reward",
+# By default at advantage level, both alike.
+FUSIONS = {"advantage": "", "weighted": "--reward-weights .8,.2", "reward": "--fuse reward",
            "following": "--reward-weights 1,0", "consistency": "--reward-weights 0,1"}
 # What the aggregates aggregate: the paper's broadcast, every turn gets the trajectory's advantage.
 BROADCAST = "--spread trajectory"
