@@ -76,6 +76,7 @@ class Dialogue:
     files: list           # of the pictures after its turns; empty where all stays in memory
     lines: list           # of scores, one for each turn; None = not judged
     pictures: torch.Tensor | None = None      # (turns + 1, 3, H, W) uint8, where there are no files
+    resolved: tuple | None = None             # what should be there and could be done, by `resolve`, once it was asked
 
 
 def picture_file(folder, seed, part, name, k):
@@ -117,6 +118,13 @@ def spread(n, count):
     return range(n) if count >= n else sorted({i * n // count for i in range(count)})
 
 
+def resolve(d):
+    """data.resolve() of a dialogue that has its pictures."""
+    if d.resolved is None:
+        d.resolved = data.resolve(d.task, load_pictures(d))
+    return d.resolved
+
+
 def plan_clean(plan, tasks, probes, folder=None, file_of=picture_file):
     """The pass clean of the embedded world, planned on an arm's own outputs: [Dialogue].
 
@@ -127,7 +135,7 @@ def plan_clean(plan, tasks, probes, folder=None, file_of=picture_file):
     for d in plan:
         if d.part != "own" or d.row not in probed or "operations" not in d.task.meta:
             continue
-        scenes, possible = data.resolve(d.task, load_pictures(d))
+        scenes, possible = resolve(d)
         for k in d.turns[1:]:
             if possible[k]:
                 alone = data.alone(d.task, k, scenes[k])
@@ -387,7 +395,7 @@ def count_places(plan, success):
         operations = d.task.meta.get("operations", []) if d.part == "own" else []
         first = next((k for k in d.turns if k < len(operations) and operations[k].open), None)
         if first is not None and success[d.seed, d.row, first] == 1:
-            scenes, _ = data.resolve(d.task, load_pictures(d))
+            scenes, _ = resolve(d)
             changed = [a != b for a, b in zip(scenes[first].cells, scenes[first + 1].cells)]
             counts[changed.index(True)] += 1
     return counts if any(counts) else None
