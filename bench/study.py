@@ -67,7 +67,7 @@ BROADCAST = "--spread trajectory"
 STUDIES = {
     "turns": Study(
         "Does training on its own outputs make an editor robust to them, and does it teach it to leave room?",
-        ["IF_3", "O_3", "O_5", "CC_5", "flatness", "possible", "wear"],
+        ["IF_3", "O_3", "O_5", "CC_5", "flatness", "room_3", "wear"],
         {"nft-k1": f"--algo nft {K1}",
          "nft-k3": f"--algo nft {K3}",
          "nft-k5": f"--algo nft {K5}",
@@ -77,7 +77,7 @@ STUDIES = {
         [["nft-k1", "nft-k3", "nft-k5"], ["grpo-k1", "grpo-k3", "grpo-k5"]]),
     "credit": Study(
         "Does the broadcast of the trajectory's advantage bridge local planning and global success?",
-        ["IF_3", "O_3", "O_5", "possible"],
+        ["IF_3", "O_3", "O_5", "room_3"],
         {f"{algo}-k{K}-{spread}": f"--algo {algo} {words} --spread {spread}"
          for algo, K, words in (("nft", 3, K3), ("nft", 5, K5), ("grpo", 3, K3), ("grpo", 5, K5_GRPO))
          for spread in ("trajectory", "togo", "turn")},

@@ -21,12 +21,13 @@ SAMPLES = 2_000              # resamples of seeds and tasks
 LAST = 5                     # training steps over which a reward is averaged
 # The columns of the tables: (title, metric of eval.py, its turn; -1 = the mean of turns 2 to K).
 COLUMNS = [("IF_3", "IF", 3), ("O_3", "O", 3), ("O_5", "O", 5), ("CC_3", "CC", 3), ("CC_5", "CC", 5),
-           ("flatness", "flatness", 1), ("possible", "possible", -1), ("M_clean", "M_clean", -1), ("wear", "wear", -1)]
+           ("flatness", "flatness", 1), ("room_3", "room", 3), ("possible", "possible", -1),
+           ("M_clean", "M_clean", -1), ("wear", "wear", -1)]
 BY_TURN = ["M", "possible", "M_clean", "wear"]
 NOTE = """Means over the training seeds. Differences have 95 % intervals: paired bootstrap over training seeds and test
 tasks, the same resamples of both in every arm; n.s. = the interval covers 0, or is unknown. Few seeds make the part of
-an interval that is due to them too narrow: look at the seeds one by one. possible, M_clean and wear in a table without
-turns are means over turns 2 to K."""
+an interval that is due to them too narrow: look at the seeds one by one. room_3 is the share of dialogues in which all
+of three turns could be done. possible, M_clean and wear in a table without turns are means over turns 2 to K."""
 
 
 class Evidence(NamedTuple):
@@ -110,6 +111,8 @@ def estimate(evidence, samples=SAMPLES):
             arms[arm][name] = weighted.sum(1)
         for seed, metrics in zip(seeds, found):
             runs[f"{arm}-{seed}"] = {name: values[0] for name, values in metrics.items()}
+    for seed in seeds:
+        runs[f"base-{seed}"] = {name: values[0] for name, values in arms["base"].items()}
     return arms, runs
 
 
@@ -147,8 +150,9 @@ def with_interval(draws):
 
 
 def pairs(study):
-    """(arm, the one that it is compared with) of all groups."""
-    return [(arm, group[0]) for group in study["compare"] for arm in group[1:]]
+    """(arm, what it is compared with): the base, and the first arm of its group."""
+    with_base = [(arm, "base") for arm in study["arms"]]
+    return with_base + [(arm, group[0]) for group in study["compare"] for arm in group[1:]]
 
 
 def mean_tables(study, arms, columns):
@@ -166,7 +170,7 @@ def mean_tables(study, arms, columns):
 
 
 def difference_tables(study, arms, runs, columns):
-    """Every arm against the first of its group: with intervals, seed by seed, and turn by turn."""
+    """Every arm against the base and the first of its group: with intervals, seed by seed, and turn by turn."""
     rows, by_turn, by_seed = [], [], []
     decides = [column for column in columns if column[0] in study["metrics"]]
     for arm, first in pairs(study):

@@ -173,7 +173,9 @@ def test_a_study_killed_in_the_middle_goes_on_and_its_evidence_makes_the_report(
             assert abs(found["arms"][arm][title]["value"] - expected) < 1e-3, (arm, title)
     by_seed = [by_eval["arms"][folders[run].name]["O"] for run in ("two-0", "two-1")]
     assert by_seed[0] != by_seed[1] != by_eval["arms"]["base"]["O"]
-    assert set(found["arms"]) == {"base", "one", "two"} and set(found["differences"]) == {"two - one"}
+    assert set(found["arms"]) == {"base", "one", "two"} and set(found["differences"]) == {"one - base", "two - base", "two - one"}
+    gain = found["arms"]["two"]["O_3"]["value"] - found["arms"]["base"]["O_3"]["value"]
+    assert abs(found["differences"]["two - base"]["O_3"]["value"] - gain) < 1e-12
     record = json.loads((results / "study.json").read_text())
     assert record["seeds"] == [0, 1] and record["tasks"] == 6 and record["commits"]
     assert all(-1 <= value <= 1 for values in record["cosines"].values() for value in values)
