@@ -250,7 +250,8 @@ def mean_of(values):
 def markdown(study, tables):
     """table.md."""
     count, seeds = len(study["arms"]), len(study["seeds"])
-    command = f"python bench/study.py {study['name']} --seeds {seeds} --tasks {study['tasks']}"
+    command = (f"python bench/study.py {study['name']} --arms {','.join(study['arms'])} --seeds {seeds} "
+               f"--tasks {study['tasks']}")
     lines = [f"# {study['name']}: {study['question']}", "",
              f"{count} arms x {seeds} training seeds x {study['steps']} steps; {study['tasks']} test tasks of "
              f"{study['turns']} turns, judge {study['judge']}; commit {', '.join(study['commits'])}; `{command}`.", "",
