@@ -345,7 +345,7 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE / "editor", help="folder of the finished editor")
     parser.add_argument("--work", type=Path, default=Path("out/make_editor"), help="folder of checkpoints and latents")
     parser.add_argument("--vae-steps", type=int, default=5000, help="steps of the VAE, 16 pictures each")
-    parser.add_argument("--flow-steps", type=int, default=1000, help="steps of 128 edits; more make a better base")
+    parser.add_argument("--flow-steps", type=int, default=800, help="steps of 128 edits; more make a better base")
     args = parser.parse_args()
     # said now, and not after a quarter of an hour
     if min(args.vae_steps, args.flow_steps) < 1:
