@@ -574,18 +574,20 @@ def table(result):
     arms, differences = result["arms"], result["differences"]
     base, width = next(iter(arms)), max(9, *(len(arm) + 2 for arm in arms))
     header = f"{'turn  metric':<18}" + "".join(f"{arm:>{width}}" for arm in arms)
-    header += "".join(f"    {f'{arm} - {base} [95 %]':<32}" for arm in differences)
-    lines = [header]
+    titles = {arm: f"{arm} - {base} [95 %]" for arm in differences}
+    widths = {arm: max(32, len(title)) for arm, title in titles.items()}
+    header += "".join(f"    {titles[arm]:<{widths[arm]}}" for arm in differences)
+    lines = [header.rstrip()]
 
     def row(label, metric, k):
         line = f"{label:<18}"
         for values in arms.values():
             line += f"{shown(values[metric][k], '.3f'):>{width}}"
-        for d in differences.values():
+        for arm, d in differences.items():
             interval = d["interval_95"][metric][k]
             bounds = f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else ""
             mark = "" if significant(interval) else "  n.s."
-            line += f"    {shown(d[metric][k], '+.3f') + bounds + mark:<32}"
+            line += f"    {shown(d[metric][k], '+.3f') + bounds + mark:<{widths[arm]}}"
         lines.append(line.rstrip())
 
     for k in range(len(arms[base]["O"])):

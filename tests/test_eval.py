@@ -224,6 +224,15 @@ def test_the_console_table_marks_what_is_not_significant():
     assert re.search(r"^color_alter +0.300 +0.500 +\+0.200 \[\+0.100, \+0.200\]$", lines[5])
 
 
+def test_differences_stand_under_their_titles_however_long_a_name_is():
+    """Catches: columns of a fixed width, which names like nft-tasks_72-turns_1-0 push out of line."""
+    arms = {name: {"O": [.3]} for name in ("base", "a-name-as-long-as-the-arms-of-a-study", "b")}
+    difference = {"O": [.2], "interval_95": {"O": [[.1, .3]]}}
+    title, line = evaluation.table({"arms": arms, "differences": dict.fromkeys(list(arms)[1:], difference)}).splitlines()
+    places = [title.index(f"{name} - base") for name in list(arms)[1:]]
+    assert [place for place in range(len(line)) if line.startswith("+0.200", place)] == places
+
+
 @pytest.mark.parametrize("interval, yes", [((.01, .2), True), ((-.2, -.01), True), ((0, .2), False), ((-.1, 0), False),
                                            ((0, 0), False), (None, False)])
 def test_an_interval_that_touches_zero_is_not_significant(interval, yes):
