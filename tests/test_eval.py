@@ -228,8 +228,10 @@ def test_differences_stand_under_their_titles_however_long_a_name_is():
     """Catches: columns of a fixed width, which names like nft-tasks_72-turns_1-0 push out of line."""
     arms = {name: {"O": [.3]} for name in ("base", "a-name-as-long-as-the-arms-of-a-study", "b")}
     difference = {"O": [.2], "interval_95": {"O": [[.1, .3]]}}
-    title, line = evaluation.table({"arms": arms, "differences": dict.fromkeys(list(arms)[1:], difference)}).splitlines()
-    places = [title.index(f"{name} - base") for name in list(arms)[1:]]
+    tuned = list(arms)[1:]
+    result = {"arms": arms, "differences": dict.fromkeys(tuned, difference)}
+    title, line = evaluation.table(result).splitlines()
+    places = [title.index(f"{name} - base") for name in tuned]
     assert [place for place in range(len(line)) if line.startswith("+0.200", place)] == places
 
 
