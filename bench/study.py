@@ -277,7 +277,8 @@ def note_commit(name):
     file = ROOT / OUT / name / "commits.json"
     commits = json.loads(file.read_text()) if file.is_file() else []
     commit = git("rev-parse", "--short", "HEAD") or "unknown"
-    if git("status", "--porcelain", "--untracked-files=no"):
+    # A study that is gathered a second time has itself changed what lies in results/.
+    if git("status", "--porcelain", "--untracked-files=no", "--", f":!{RESULTS}"):
         commit += " with changes"
     if commit not in commits:
         commits.append(commit)
