@@ -574,9 +574,8 @@ def table(result):
     arms, differences = result["arms"], result["differences"]
     base, width = next(iter(arms)), max(9, *(len(arm) + 2 for arm in arms))
     header = f"{'turn  metric':<18}" + "".join(f"{arm:>{width}}" for arm in arms)
-    titles = {arm: f"{arm} - {base} [95 %]" for arm in differences}
-    widths = {arm: max(32, len(title)) for arm, title in titles.items()}
-    header += "".join(f"    {titles[arm]:<{widths[arm]}}" for arm in differences)
+    titles = {arm: f"    {f'{arm} - {base} [95 %]':<32}" for arm in differences}
+    header += "".join(titles.values())
     lines = [header.rstrip()]
 
     def row(label, metric, k):
@@ -587,7 +586,8 @@ def table(result):
             interval = d["interval_95"][metric][k]
             bounds = f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else ""
             mark = "" if significant(interval) else "  n.s."
-            line += f"    {shown(d[metric][k], '+.3f') + bounds + mark:<{widths[arm]}}"
+            cell = f"    {shown(d[metric][k], '+.3f')}{bounds}{mark}"
+            line += f"{cell:<{len(titles[arm])}}"
         lines.append(line.rstrip())
 
     for k in range(len(arms[base]["O"])):
