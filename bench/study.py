@@ -34,7 +34,7 @@ from bench import study_report
 from bench.gradients import first_gradients, own_cosines
 from bench.study_report import SCORES, STUDY, pack
 
-STEPS = 40                   # of every arm
+STEPS = 40                   # of an arm that does not name its own
 TURNS = 5                    # of the test dialogues
 GRADIENTS = 4                # on disjoint tasks, whose cosines say how much of a gradient is chance
 MOST = 2_000_000             # bytes of evidence of a study
@@ -55,6 +55,8 @@ class Study(NamedTuple):
     cosine: bool = False     # measure the gradients' cosine as well
 
 
+# What shows late is trained for longer: leaving room pays off turns later, and is seen from step 80 on.
+LONG = "--steps 120"
 # As many edits of eight samples each in a step as by default, 72, however long the dialogues are (K = 5: 75 or 70).
 K1, K3, K5 = "--turns 1 --tasks 72", "", "--turns 5 --tasks 15"
 K5_GRPO = "--turns 5 --tasks 14"         # its two updates divide them
@@ -75,6 +77,13 @@ STUDIES = {
          "grpo-k3": f"--algo grpo {K3}",
          "grpo-k5": f"--algo grpo {K5_GRPO}"},
         [["nft-k1", "nft-k3", "nft-k5"], ["grpo-k1", "grpo-k3", "grpo-k5"]]),
+    "longer": Study(
+        "Trained three times as long: what do three turns teach that single edits do not?",
+        ["IF_3", "O_3", "O_5", "CC_3", "possible", "room_3", "M_clean"],
+        {f"k{K}{name}": f"--algo nft {words} {fusion} {LONG}"
+         for name, fusion in (("", ""), ("-following", "--reward-weights 1,0"))
+         for K, words in ((1, K1), (3, K3))},
+        [["k1", "k3"], ["k1-following", "k3-following"]]),
     "credit": Study(
         "Does the broadcast of the trajectory's advantage bridge local planning and global success?",
         ["IF_3", "O_3", "O_5", "room_3"],
@@ -194,10 +203,10 @@ def run_name(words, seed):
     return re.sub(r"[^\w.-]", "_", "-".join([cfg["algo"], *parts, str(seed)]))
 
 
-def own_words(words, seed):
-    """What train.py is given besides the arm's words."""
+def all_words(words, seed):
+    """What train.py is given: the arm's words, whose --steps come last and so count, and what all arms have."""
     out = OUT / "runs" / run_name(words, seed)
-    return ["--steps", str(STEPS), "--val-tasks", "0", "--seed", str(seed), "--out", str(out)]
+    return ["--steps", str(STEPS), "--val-tasks", "0", "--seed", str(seed), "--out", str(out), *words.split()]
 
 
 def train_job(name, arm, seed, cfg):
@@ -210,15 +219,15 @@ def train_job(name, arm, seed, cfg):
         if not checkpoints or not (out / "config.json").is_file():
             return False
         done = int(checkpoints[-1].stem.removeprefix("step_"))
-        if done > STEPS:
-            raise ValueError(f"{cfg.out} is at step {done}, after the {STEPS} of a study: move it away")
-        if done == STEPS:
+        if done > cfg.steps:
+            raise ValueError(f"{cfg.out} is at step {done}, after the {cfg.steps} of a study: move it away")
+        if done == cfg.steps:
             train.same_as_before(data.read_json(out / "config.json"), asdict(cfg), cfg.out)
-        return done == STEPS
+        return done == cfg.steps
 
     def command():
         resume = ["--resume"] if (out / "config.json").is_file() else []
-        return ["train.py", *words.split(), *own_words(words, seed), *resume]
+        return ["train.py", *all_words(words, seed), *resume]
     log = out.with_name(f"{out.name}.log")
     return Job(f"study {name}, arm {arm}, seed {seed}, training", log, is_done, command)
 
@@ -317,8 +326,8 @@ def gather(name, study, configs, commits, cosines):
         scores[run] = per_task(found, tasks)
     model.write_text(results / SCORES, json.dumps(scores, separators=(",", ":")))
 
-    seeds = sorted({seed for _, seed in configs})
-    more = {"compare": study.compare or [list(study.arms)], "name": name, "seeds": seeds, "steps": STEPS,
+    seeds, steps = sorted({seed for _, seed in configs}), max(cfg.steps for cfg in configs.values())
+    more = {"compare": study.compare or [list(study.arms)], "name": name, "seeds": seeds, "steps": steps,
             "tasks": len(tasks), "turns": settings.turns, "judge": settings.judge, "commits": commits}
     more["cosines"] = cosines
     model.write_text(results / STUDY, json.dumps(study._asdict() | more, indent=1))
@@ -364,7 +373,7 @@ def run(name, seeds, jobs, tasks, arms=""):
     study = only(study, arms.split(",")) if arms else study
     for seed in range(seeds):
         for arm, words in study.arms.items():
-            cfg = train.parse([*words.split(), *own_words(words, seed)])
+            cfg = train.parse(all_words(words, seed))
             train.check(cfg)
             configs[arm, seed] = cfg
     commits = note_commit(name)

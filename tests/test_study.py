@@ -54,11 +54,11 @@ def lines_of(file):
 
 def test_every_arm_is_possible_and_has_as_many_edits_and_updates_as_the_others():
     """Catches: a flag that train.py has no more, or refuses; an arm that gets more to learn from than another."""
-    assert set(study.STUDIES) == {"turns", "credit", "aggregate", "fusion", "reasoning", "algorithms"}
+    assert set(study.STUDIES) == {"turns", "longer", "credit", "aggregate", "fusion", "reasoning", "algorithms"}
     for name, one in study.STUDIES.items():
         edits, samples = set(), set()
         for arm, words in one.arms.items():
-            cfg = train.parse([*words.split(), *study.own_words(words, 1)])
+            cfg = train.parse(study.all_words(words, 1))
             train.check(cfg)
             train.divide(cfg, 0, 1)
             edits.add((cfg.turns == 5, cfg.tasks * cfg.group * cfg.turns))
@@ -73,7 +73,7 @@ def test_every_arm_is_possible_and_has_as_many_edits_and_updates_as_the_others()
 
 
 @pytest.mark.parametrize("words, expected", [
-    (["nosuch"], "'nosuch' is no study: name one of turns, credit"), (["report"], "'' is no study"),
+    (["nosuch"], "'nosuch' is no study: name one of turns, longer, credit"), (["report"], "'' is no study"),
     (["report", "nosuch"], "'nosuch' is no study"), (["turns", "credit"], "'turns credit' is no study"),
     (["turns", "--seeds", "0"], "--seeds 0 must be at least 1"),
     (["turns", "--arms", "nft-k1,k9"], "--arms k9 is no arm of this study: name some of nft-k1, nft-k3"),
