@@ -14,9 +14,9 @@ samples (p near 0) worse, by an implicit positive and an implicit negative polic
 At v = v_old the loss does not depend on p, and its gradient is A times that of weighted flow matching in x_0 space,
 mean (x_0(v) - x_0)^2 / w: A_max / beta cancels beta and the 1 / A_max in 2p - 1 = A / A_max (where |A| <= A_max).
 
-Weights w apart, one sample's loss is least at v = v_old + A / (beta A_max) (v* - v_old), v* = (x_t - x_0) / t: a negative
-sample adds to the error that a positive one takes away, and `old` follows. Where x_t or the picture tells that a sample
-will be a negative one, errors grow like interest; a KL term bounds them (docs/results.md: "runs away").
+Weights w apart, one sample's loss is least at v = v_old + A / (beta A_max) (v* - v_old), v* = (x_t - x_0) / t: a
+negative sample adds to the error that a positive one takes away, and `old` follows. Where x_t or the picture tells that
+a sample will be a negative one, errors grow like interest; a KL term bounds them (docs/results.md: "runs away").
 
 What differs from the published code, and why
 * Nothing in the loss. Like that code, and unlike its paper, it is taken in x_0 space with the adaptive weight w.
