@@ -63,7 +63,7 @@ def test_every_arm_is_possible_and_has_as_many_edits_and_updates_as_the_others()
             train.divide(cfg, 0, 1)
             edits.add((cfg.turns == 5, cfg.tasks * cfg.group * cfg.turns))
             samples.add((cfg.algo, cfg.updates, cfg.steps, cfg.lr, cfg.min_std))
-            assert cfg.val_tasks == 0 and cfg.seed == 1
+            assert cfg.val_tasks == 0 and cfg.seed == 1 and cfg.steps == (80 if name == "longer" else study.STEPS)
         # 72 tasks' worth; five turns come nearest to it with 75 (NFT) and 70 (GRPO), which their updates divide
         assert edits <= {(False, 72 * 8), (True, 75 * 8), (True, 70 * 8)}, name
         assert len(samples) == len({algo for algo, *_ in samples}), name
