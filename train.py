@@ -46,6 +46,7 @@ WEIGHT_DECAY, GRAD_NORM = 1e-4, 1.                # of AdamW(.9, .999); gradient
 MAX_FAILED = .5                                   # share of a step's turns that the judge may fail on
 MAX_SKIPPED, MAX_UNINFORMED = 10, 20              # in a row: gradients that are not finite, steps without information
 RATIO_STOP, RATIO_WARN = .5, .02                  # how far from 1 the first ratio may be, as a share of --clip
+FAR = .005                                        # mean (v - v_old)^2 of about ten steps, above which NFT runs away
 
 
 # ------------------------------------------------------------------------------------------------------------ config
@@ -191,7 +192,7 @@ def main(cfg):
                     sheet = out / "samples" / f"{step:06d}.png"
                     draw_samples(tasks, trajectory.images, r[mine], A[mine], judge.names, sheet)
                     save(editor, run.optimizer, step, out)
-            check_streaks(streaks, used, info, step, out)
+            check_streaks(streaks, used, info, step, out, share)
             if stop:
                 break
     finish(run, cfg, step if stop else cfg.steps, stop)
@@ -498,14 +499,22 @@ def check_judge(r, judge, cfg, step):
                       + (f"; its last words: {judge.last_failure}" if judge.last_failure else ""))
 
 
-def check_streaks(streaks, used, info, step, out):
-    """Count steps that taught nothing, and updates that were not taken, in a row; stop a run with too many of them."""
+def check_streaks(streaks, used, info, step, out, share):
+    """Count steps that taught nothing, and updates that were not taken, in a row; stop a run with too many of them.
+
+    Warns of NFT that runs away (nft.py) by a moving mean of `old_distance`, since single steps may jump.
+    """
     streaks["uninformed"] = 0 if used.any() else streaks["uninformed"] + 1
     streaks["skipped"] = 0 if info["taken"] else streaks["skipped"] + info["skipped"]
+    before = streaks["old_distance"]
+    streaks["old_distance"] = .9 * before + .1 * info.get("old_distance", 0.)
     last_good = f"the last checkpoint in {out / 'checkpoint'} is good"
-    if streaks["uninformed"] == 1:
+    if streaks["uninformed"] == 1 and share.rank == 0:
         tqdm.write(f"step {step}: no sample carried information (each group's scores are alike): the weights stay",
                    file=sys.stderr)
+    if before <= FAR < streaks["old_distance"] and share.rank == 0:
+        tqdm.write(f"warning: step {step}: update/old_distance is {streaks['old_distance']:.3f}, above {FAR:g}: NFT "
+                   "begins to run away on samples it was told to avoid; stop, or train with --kl .5", file=sys.stderr)
     if streaks["uninformed"] >= MAX_UNINFORMED:
         raise Stopped(f"step {step}: no sample carried information in {MAX_UNINFORMED} steps in a row: look at "
                       "samples/ and at group_std/* in metrics.jsonl (do the judge's scores vary? is --min-std above "
