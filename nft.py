@@ -16,7 +16,8 @@ mean (x_0(v) - x_0)^2 / w: A_max / beta cancels beta and the 1 / A_max in 2p - 1
 
 Weights w apart, one sample's loss is least at v = v_old + A / (beta A_max) (v* - v_old), v* = (x_t - x_0) / t: a
 negative sample adds to the error that a positive one takes away, and `old` follows. Where x_t or the picture tells that
-a sample will be a negative one, errors grow like interest; a KL term bounds them (docs/results.md: "runs away").
+a sample will be a negative one, errors grow like interest (docs/results.md: "runs away"). A term kl mean (v - v_ref)^2
+bounds them: where all samples are negative, mean |v - v*| ends at mean |v_ref - v*| + t |A| / kl.
 
 What differs from the published code, and why
 * Nothing in the loss. Like that code, and unlike its paper, it is taken in x_0 space with the adaptive weight w.

@@ -76,6 +76,19 @@ def test_loss_and_gradient_by_longhand_away_from_the_old_policy():
     assert info["old_distance"].tolist() == pytest.approx([.58, .58]) and not info["old_distance"].requires_grad
 
 
+@pytest.mark.parametrize("kl", [.5, 1.])
+def test_negative_samples_alone_go_as_far_as_a_kl_term_lets_them(kl):
+    """A push that grows with the error, as without the weight w, or one that --kl .5 cannot hold."""
+    v, v_ref, x_t, x_0, t = problem(2)
+    A, target = torch.tensor([-1., -3.]), (x_t - x_0) / .7                 # v*
+    for _ in range(200):
+        v = v.detach().requires_grad_()
+        loss = nft_loss(v, v.detach(), x_t, x_0, t, A, 1., A_MAX)[0] + kl * (v - v_ref).square().mean((1, 2))
+        v = v - 3 * torch.autograd.grad(loss.sum(), v)[0]                  # the old policy follows at once
+    distance = lambda v: (v - target).abs().mean((1, 2))
+    torch.testing.assert_close(distance(v), distance(v_ref) - .7 * A / kl, rtol=1e-4, atol=0)
+
+
 def test_perfect_prediction_is_finite_thanks_to_the_floor_of_w():
     """0 / 0 where x0-hat equals x_0; and w under 1e-5, which would blow up rounding errors."""
     zero = torch.zeros(2, 1, 2)
