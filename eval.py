@@ -649,8 +649,8 @@ def sheet_row(label, scores, task, row):
 
 def draw_arms(arms, tasks, path, most=6):
     """Contact sheet of some tasks, a row for each arm; first those on which base and last arm differ."""
-    base, *_, last = [scores.success[0].nan_to_num(-1) for scores in [*arms.values()] * 2]
-    order = sorted(range(len(tasks)), key=lambda row: torch.equal(base[row], last[row]))
+    success = [scores.success[0].nan_to_num(-1) for scores in arms.values()]
+    order = sorted(range(len(tasks)), key=lambda row: torch.equal(success[0][row], success[-1][row]))
     rows = []
     for row in order[:most]:
         for arm, scores in arms.items():
@@ -671,7 +671,7 @@ class Settings:
                         choices=["train", "val", "test", "all"])
     judge: str = option("exact", "'exact', a VLM, 'none' (pictures alone); default: exact for shapes, else the run's")
     rubric: str = option("", "JSON file of prompts for a VLM (default: the run's)")
-    reasoning: str = option("logits", "how a VLM scores (default: the run's)", choices=["logits", "direct", "think"])
+    reasoning: str = option("logits", "how a VLM scores (default: the run's)", choices=[*reward.ANSWERS])
     votes: int = option(1, "answers of a VLM averaged for a score (default: the run's)", low=1)
     tasks: int = option(None, "number of tasks (default: 500 of shapes, all of a file)", low=1)
     probes: int = option(None, "tasks for M_clean and wear, and for the drift; 0 = none (default: all of shapes, 100)",

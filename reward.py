@@ -201,7 +201,7 @@ class VLMJudge(Judge):
 
     def score(self, questions):
         """Questions -> an answer each, the mean of its votes; votes that fail are left out."""
-        # A seed is a function of the question: the same on every machine, and in whatever order it is asked.
+        # A seed is a function of the question, in whatever order it is asked; in process, of a batch's first question.
         seeds = [zlib.crc32(pictures.numpy().tobytes(), zlib.crc32(text.encode())) for pictures, text in questions]
         rounds = [self.answer(questions, [seed + vote for seed in seeds]) for vote in range(self.votes)]
         reasons = [text for answers in rounds for score, text in answers if math.isnan(score)]
@@ -322,15 +322,15 @@ class LocalJudge(VLMJudge):
 
     def answer(self, questions, seeds):
         """Batches of `workers`. One that fails is halved: a bad row takes no others with it, and less memory may do."""
-        half = len(questions) // 2
         if len(questions) > self.workers:
-            half = max(1, half // self.workers) * self.workers
-        else:
-            try:
-                return self.forward(questions, seeds[0])
-            except Exception as error:
-                if len(questions) == 1:
-                    return [(math.nan, f"{type(error).__name__}: {error}")]
+            cuts = [slice(i, i + self.workers) for i in range(0, len(questions), self.workers)]
+            return [answer for cut in cuts for answer in self.answer(questions[cut], seeds[cut])]
+        try:
+            return self.forward(questions, seeds[0])
+        except Exception as error:
+            if len(questions) == 1:
+                return [(math.nan, f"{type(error).__name__}: {error}")]
+        half = len(questions) // 2
         return self.answer(questions[:half], seeds[:half]) + self.answer(questions[half:], seeds[half:])
 
     def prepare(self, questions):

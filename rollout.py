@@ -129,13 +129,12 @@ def edit(editor, before, cond, x, t, window=range(0), eta=0., kind="cps", step_n
         for i in range(len(times) - 1):
             v = editor.velocity(x, t[i].expand(len(x)), cond, context, size)
             if i in window:
-                kept.append(x)
+                kept = kept or [x]
                 noise = step_noise(i).to(device)
                 x, logp, _, _ = sde_step(v, x, times[i], times[i + 1], eta, kind, times[1], noise)
+                kept.append(x)
                 logps.append(logp)
             else:
-                if i == window.stop and window:
-                    kept.append(x)
                 x = x + (t[i + 1] - t[i]) * v                                     # Euler
     if not x.isfinite().all():
         raise ValueError("the editor's latents are not finite: look at the weights of --model and --lora, "

@@ -22,7 +22,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None              # Windows
 
 import data
 import eval as evaluation
@@ -147,7 +152,7 @@ def main(cfg):
     asked = [cfg.turns - 1] if cfg.aggregate == "whole" else range(cfg.turns)
     progress = tqdm(range(run.done + 1, cfg.steps + 1), desc=cfg.algo, initial=run.done, total=cfg.steps,
                     disable=share.rank > 0)
-    with interruptible(share.rank == 0) as caught:
+    with run.held, interruptible(share.rank == 0) as caught:
         for step in progress:
             start, seconds, scores, seen = time.perf_counter(), {}, [], []
             batch = choose(run.tasks_by_size, cfg.tasks, cfg.seed, step)
@@ -160,10 +165,7 @@ def main(cfg):
                     seen.append(referee.start(rows, images, k) if referee else None)
 
             # 1. Roll out: K edits on the model's own outputs; turn k is judged while turn k+1 is sampled.
-            with editor.using("old"):
-                trajectory = rollout(
-                    editor, tasks, cfg.group, cfg.turns, cfg.denoise, (cfg.seed, step), stochastic_window(cfg, step),
-                    cfg.eta, cfg.step_kind, cfg.shared_noise, share.tasks, micro=share.micro, on_turn=on_turn)
+            trajectory = sample(editor, tasks, cfg, step, share, on_turn)
 
             # 2. Judge: rewards of all processes (B, G, K, R); NaN = the judge failed.
             with timed(seconds, "judge_wait", device):
@@ -233,6 +235,14 @@ def stochastic_window(cfg, step):
     steps = trained_steps(cfg)
     first = draw_int(steps.start, steps.stop - cfg.window, cfg.seed, step)
     return range(first, first + cfg.window)
+
+
+def sample(editor, tasks, cfg, step, share, on_turn=None):
+    """G trajectories of each task by the old policy -> Trajectory; a pure function of its weights and (seed, step)."""
+    with editor.using("old"):
+        return rollout(
+            editor, tasks, cfg.group, cfg.turns, cfg.denoise, (cfg.seed, step), stochastic_window(cfg, step), cfg.eta,
+            cfg.step_kind, cfg.shared_noise, share.tasks, micro=share.micro, on_turn=on_turn)
 
 
 def collect(futures, judge, cfg):
@@ -365,8 +375,8 @@ def update(editor, trajectory, A, used, optimizer, cfg, step, share):
                 counts = used[rows, k].float().to(device)
                 for loss, info in TERMS[cfg.algo](editor, trajectory, rows, k, A[rows, k].to(device), keys, cfg):
                     ((loss * counts).sum() / (n * cfg.window)).backward()
-                    deviation = info.pop("ratio_deviation", largest) * counts
-                    largest = torch.maximum(largest, deviation.max())
+                    if has_ratio:
+                        largest = torch.maximum(largest, (info.pop("ratio_deviation") * counts).max())
                     for name, value in (info | {"loss": loss.detach()}).items():
                         sums[name] += (value * counts).sum()
         if has_ratio:
@@ -601,6 +611,29 @@ def same_as_before(before, now, out):
         raise ValueError(f"--resume: the run in {out} was started with another config: {', '.join(changed)}")
 
 
+def claim(out, held):
+    """Keep a folder to this process until the ExitStack `held` is closed. ValueError if another process has it."""
+    if fcntl is None:
+        return
+    folder = os.open(out, os.O_RDONLY)
+    held.callback(os.close, folder)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out {out}: another process trains there") from None
+    except OSError:
+        pass                                                 # a file system without locks
+
+
+def check_alike(editor, done, cfg, share, device):
+    """ValueError where the processes have not read the same checkpoint: nodes that do not see the same folder."""
+    bits = sum(p.detach().cpu().contiguous().view(torch.int32).sum().item() for p in editor.trained.values())
+    for number in (done, bits):
+        low, high = (over_processes(number, share, device, op) for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
+        if low != high:
+            raise ValueError(f"--out {cfg.out} must be one folder that all nodes see: they have read different runs")
+
+
 def fingerprints(cfg, judge):
     """Digests of what is behind the names in a config: a run must not go on with other contents."""
     lora = model.fingerprint(cfg.lora) if cfg.lora else ""
@@ -808,6 +841,7 @@ class Run(NamedTuple):
     editor: model.Editor
     optimizer: torch.optim.Optimizer
     done: int                        # steps
+    held: ExitStack                  # the claim on --out, by rank 0
 
 
 def prepare(cfg):
@@ -823,14 +857,22 @@ def prepare(cfg):
     editor, optimizer = load_editor(cfg, device, tasks_by_size)
 
     # Rank 0 makes the folder or reads the checkpoint; then the others read the same one.
-    if rank == 0:
-        announce(cfg, share, editor, tasks_by_size)
-        done = open_run(cfg, judge, editor, optimizer)
-    if world > 1:
-        dist.barrier()
-    if rank > 0:
-        done = restore(editor, optimizer, Path(cfg.out), lambda words: None)
-    return Run(share, device, judge, referee, weights, tasks_by_size, val, editor, optimizer, done)
+    out = Path(cfg.out)
+    with ExitStack() as held:
+        if rank == 0:
+            announce(cfg, share, editor, tasks_by_size)
+            out.mkdir(parents=True, exist_ok=True)
+            claim(out, held)
+            check_out(cfg)                                   # another run may have begun there meanwhile
+            done = open_run(cfg, judge, editor, optimizer)
+        if world > 1:
+            dist.barrier()
+        if rank > 0:
+            if not checkpoints(out):
+                raise ValueError(f"--out {out} must be one folder that all nodes see: process {rank} finds no run")
+            done = restore(editor, optimizer, out, lambda words: None)
+        check_alike(editor, done, cfg, share, device)
+        return Run(share, device, judge, referee, weights, tasks_by_size, val, editor, optimizer, done, held.pop_all())
 
 
 # ----------------------------------------------------------------------------------------------------- the command line

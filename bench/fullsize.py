@@ -128,9 +128,7 @@ def rollout_and_update(editor, cfg, size):
     optimizer = torch.optim.AdamW(editor.trained.values(), cfg.lr)
     editor.copy_weights("old")
     marks = [clocks(device)]
-    window = train.stochastic_window(cfg, 1)
-    trajectory = train.rollout(editor, tasks, cfg.group, cfg.turns, cfg.denoise, (0, 1), window, cfg.eta, cfg.step_kind,
-                               cfg.shared_noise, micro=share.micro)
+    trajectory = train.sample(editor, tasks, cfg, 1, share)
     marks.append(clocks(device))
 
     # Every sample is trained on: the most that an update can cost.
@@ -180,8 +178,14 @@ def random_text(family, tiny):
     return encode_text
 
 
+def forget_peak(device):
+    """Let `peak_memory` count from here on. On a CPU it cannot: there it is that of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device):
-    """The most memory taken so far, in GB: of the GPU, or of this process."""
+    """The most memory taken since `forget_peak`, in GB: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -196,8 +200,7 @@ def configure(flags):
 
 def one_row(family, algo, args, device):
     """One rollout and one update of a full-size editor by its preset -> (Markdown row, numbers)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    forget_peak(device)
     cfg = configure(dict(preset=family, algo=algo, turns=args.turns, group=args.group, tasks=args.tasks,
                          micro=args.micro, updates=1))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -51,11 +51,8 @@ def first_gradient(editor, judge, tasks, cfg, step, share):
     """The gradient of one update on these tasks, flat, with the weights as they are; None where nothing is learned."""
     rows = [task for task in tasks for _ in range(cfg.group)]
     scores = []
-    with editor.using("old"):
-        trajectory = train.rollout(
-            editor, tasks, cfg.group, cfg.turns, cfg.denoise, (cfg.seed, step), train.stochastic_window(cfg, step),
-            cfg.eta, cfg.step_kind, cfg.shared_noise, share.tasks, micro=share.micro,
-            on_turn=lambda k, images: scores.append(judge.start(rows, images, k)))
+    trajectory = train.sample(editor, tasks, cfg, step, share,
+                              lambda k, images: scores.append(judge.start(rows, images, k)))
     r = train.collect(scores, judge, cfg)
     weights = train.reward_weights(cfg, judge)
     A, used = advantages(r, weights, cfg.aggregate, cfg.fuse, cfg.spread, cfg.min_std)
@@ -64,7 +61,10 @@ def first_gradient(editor, judge, tasks, cfg, step, share):
     params = list(editor.trained.values())
     still = SimpleNamespace(param_groups=[], zero_grad=editor.transformer.zero_grad, step=lambda: None)
     info = train.update(editor, trajectory, A.flatten(0, 1), used.flatten(0, 1), still, cfg, step, share)
-    return torch.cat([p.grad.flatten() for p in params]) if info["taken"] else None
+    if not info["taken"]:
+        return None
+    unclipped = max(1., info["grad_norm"] / train.GRAD_NORM)                      # update() has clipped it
+    return torch.cat([p.grad.flatten() for p in params]) * unclipped
 
 
 def own_cosines(gradients):

@@ -30,7 +30,7 @@ import data
 import model
 import train
 from bench import fullsize
-from bench.fullsize import clocks, one_forward, peak_memory, rollout_and_update
+from bench.fullsize import clocks, forget_peak, one_forward, peak_memory, rollout_and_update
 
 PARTS = ["text", "encode", "velocity", "decode", "judge", "update forward", "backward", "everything else"]
 # What is measured of how a step grows: small steps, each with one number changed.
@@ -99,6 +99,7 @@ def watch(algo, steps, *flags):
     """The training of an algorithm, `steps` steps after one to warm up -> {part: seconds, ...} of a step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock, prepare, sample, seen, result = Clock(device), train.prepare, train.rollout, [], {}
+    forget_peak(device)
 
     def watched_prepare(cfg):
         run = prepare(cfg)

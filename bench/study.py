@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import time
+import zlib
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import asdict
 from pathlib import Path
@@ -181,8 +182,9 @@ def start(job, running, threads, told):
             return True
         environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         words = [sys.executable, *map(str, job.command())]
+        # A session of its own: Ctrl-C is for this program, which then asks its children to finish their step.
         child = subprocess.Popen(words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
-                                 stderr=subprocess.STDOUT)
+                                 stderr=subprocess.STDOUT, start_new_session=True)
     running[job] = child, time.time()
     return True
 
@@ -264,15 +266,17 @@ def eval_job(name, arm, configs, tasks, processes):
 # ---------------------------------------------------------------------------------------------- how noisy a gradient is
 
 def measure_cosines(name, configs):
-    """{arm: [cosine of each seed]}, written down as they are measured."""
-    file = ROOT / OUT / name / "cosines.json"
+    """{arm: [cosine of each seed]}, written down as they are measured, for all studies that have the arm."""
+    file = ROOT / OUT / "cosines.json"
     there = data.read_json(file) if file.is_file() else {}
     found = {}
     for (arm, seed), cfg in configs.items():
-        run = f"{arm}-{seed}"
+        config = zlib.crc32(json.dumps(asdict(cfg)).encode())                                # defaults may change
+        run = f"{Path(cfg.out).name} {config:08x}"
         if run not in there:
             cosines = own_cosines(first_gradients(cfg, GRADIENTS))
             there[run] = cosines.mean().item() if len(cosines) else None
+            file.parent.mkdir(parents=True, exist_ok=True)
             model.write_text(file, json.dumps(there))
             print(f"study {name}, arm {arm}, seed {seed}: cosine between gradients {there[run]}", flush=True)
         found.setdefault(arm, []).append(there[run])
@@ -304,7 +308,20 @@ def git(*words):
         return ""
 
 
-def gather(name, study, configs, commits, cosines):
+def check_kept(name, study, seeds, tasks):
+    """ValueError if results/NAME/ holds arms, seeds or test tasks that are not in this study: they would be lost."""
+    file = ROOT / RESULTS / name / STUDY
+    if not file.is_file():
+        return
+    there = data.read_json(file)
+    lost = [f"arm {arm}" for arm in there["arms"] if arm not in study.arms]
+    lost += [f"seed {seed}" for seed in there["seeds"] if seed >= seeds]
+    lost += [f"{there['tasks']} test tasks"] * (there["tasks"] > tasks)
+    if lost:
+        raise ValueError(f"{RESULTS / name} holds more than this ({', '.join(lost)}): name that too, or move it")
+
+
+def gather(name, study, configs, tasks, commits, cosines):
     """Put everything that the report needs into results/NAME/. ValueError if it is more than MOST bytes."""
     folder, results = ROOT / OUT / "eval", ROOT / RESULTS / name
     for (arm, seed), cfg in configs.items():
@@ -315,8 +332,8 @@ def gather(name, study, configs, commits, cosines):
         model.write_text(place / "metrics.jsonl", "".join(thin(line) + "\n" for line in lines))
 
     # What each arm did on each test task.
-    record = data.read_json(folder / "settings.json")["settings"]
-    settings = evaluation.Settings(**record)
+    record = data.read_json(folder / "settings.json")["settings"]       # of the last study's evaluation
+    settings = evaluation.Settings(**record | {"tasks": tasks, "probes": tasks})
     tasks = data.load(settings.data, settings.split, settings.turns, settings.resolution, settings.tasks)
     judge = reward.load(settings.judge, torch.device("cpu"))
     scores, loras = {}, {f"{arm}-{seed}": Path(cfg.out).name for (arm, seed), cfg in configs.items()}
@@ -376,6 +393,7 @@ def run(name, seeds, jobs, tasks, arms=""):
             cfg = train.parse(all_words(words, seed))
             train.check(cfg)
             configs[arm, seed] = cfg
+    check_kept(name, study, seeds, tasks)
     commits = note_commit(name)
 
     # Seed by seed, so that a study that is stopped early has whole sets of arms.
@@ -389,7 +407,7 @@ def run(name, seeds, jobs, tasks, arms=""):
     work_through(evaluations, 1, threads)
 
     cosines = measure_cosines(name, configs) if study.cosine else {}
-    gather(name, study, configs, commits, cosines)
+    gather(name, study, configs, tasks, commits, cosines)
 
 
 def parse(argv=None):

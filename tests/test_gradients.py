@@ -1,6 +1,7 @@
 """bench/gradients.py: cosines against closed forms, and the command."""
 import torch
 
+import train
 from bench import gradients
 from fixtures import editor_folder, refused, run_script
 
@@ -29,6 +30,15 @@ def test_the_share_of_the_signal_is_found():
     assert torch.allclose(gradients.cosines_with(few, few)[0], expected)
     assert gradients.mean_and_error(torch.tensor([.1, .3])) == "+0.2000 ± 0.1000"
     assert gradients.mean_and_error(torch.tensor([.1])) == "unknown"
+
+
+def test_a_gradient_is_as_long_as_before_it_was_clipped(monkeypatch):
+    """Catches: norms that are never above 1, and a mean gradient in which the largest batches count for too little."""
+    cfg = train.parse(f"--algo nft {TINY} --window 1 --train-steps 0-1".split())
+    plain = gradients.first_gradients(cfg, 2)
+    monkeypatch.setattr(train, "GRAD_NORM", plain.norm(dim=1).min().item() / 10)
+    torch.testing.assert_close(gradients.first_gradients(cfg, 2), plain, rtol=1e-4, atol=0)
+    assert plain.norm(dim=1).max() < 1                                                # else they were clipped as well
 
 
 def test_settings_are_compared_row_by_row():

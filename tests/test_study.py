@@ -140,7 +140,11 @@ def test_a_study_killed_in_the_middle_goes_on_and_its_evidence_makes_the_report(
     while len(lines_of(folders["one-0"] / "metrics.jsonl")) < 2:
         assert first.poll() is None, first.communicate()[0]
         time.sleep(.05)
-    os.killpg(first.pid, signal.SIGKILL)
+    processes = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], text=True, capture_output=True).stdout.split("\n")
+    children = [int(line.split()[0]) for line in processes if line.split()[1:] == [str(first.pid)]]
+    assert children
+    for group in [first.pid, *children]:                     # each training has a session of its own
+        os.killpg(group, signal.SIGKILL)
     first.communicate()
     assert not (tmp_path / "results").exists()
 
@@ -154,9 +158,17 @@ def test_a_study_killed_in_the_middle_goes_on_and_its_evidence_makes_the_report(
     # Once more: nothing is done again, and the report is the same.
     results = tmp_path / "results" / "turns"
     there = digest(results)
+    settings = tmp_path / "out" / "eval" / "settings.json"               # as another study's evaluation would leave it
+    record = json.loads(settings.read_text())
+    settings.write_text(json.dumps(record | {"settings": record["settings"] | {"tasks": 3, "probes": 2}}))
     again, _ = start(tmp_path, *words).communicate(timeout=900)
     assert "[" not in again.split("# turns")[0] and digest(results) == there
     assert {run: digest(folders[run]) for run in trained} == trained
+
+    # What would be lost is not written over.
+    for less, what in ((["--seeds", "1"], "seed 1"), (["--tasks", "5"], "6 test tasks"), (["--arms", "one"], "arm two")):
+        said, _ = start(tmp_path, "turns", "--seeds", "2", "--tasks", "6", *less).communicate(timeout=300)
+        assert f"turns holds more than this ({what})" in said and digest(results) == there, said
 
     # From the evidence alone.
     by_eval = json.loads((tmp_path / "out" / "eval" / "results.json").read_text())

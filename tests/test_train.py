@@ -766,6 +766,32 @@ def test_gradients_that_are_not_finite_stop_the_run_in_the_end(tmp_path, judge, 
     assert all(p.isfinite().all() for p in flatten(state(tmp_path)) if isinstance(p, torch.Tensor))
 
 
+def test_two_processes_do_not_train_in_one_folder(tmp_path, judge):
+    """Catches: two runs that began at once, or a --resume while the first still runs: lines and checkpoints mixed."""
+    train.main(config(tmp_path, steps=1))
+    before = (tmp_path / "config.json").read_bytes()
+    child = "import sys; sys.path.insert(0, sys.argv[1])\nfrom contextlib import ExitStack\nimport train\n" \
+            "with ExitStack() as held:\n    train.claim(sys.argv[2], held); print('has it', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", child, str(ROOT), str(tmp_path)], text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, env=child_environment()) as other:
+        assert other.stdout.readline() == "has it\n"
+        with pytest.raises(ValueError, match=f"--out {tmp_path}: another process trains there"):
+            train.main(config(tmp_path, steps=2, resume=True))
+    assert len(metrics(tmp_path)) == 1
+    train.main(config(tmp_path, steps=2, resume=True))                                     # the other one has ended
+    assert len(metrics(tmp_path)) == 2
+
+    # A run that began while this one was loading its models.
+    def load(*args, **more):
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "config.json").write_bytes(before)
+        return load_editor(*args, **more)
+    load_editor = train.load_editor
+    with mock.patch.object(train, "load_editor", load), pytest.raises(ValueError, match="already holds a run"):
+        train.main(config(tmp_path / "new", steps=1))
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["config.json"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step_and_resume_goes_on(number, tmp_path, judge, capsys):
     """Catches: steps lost to Ctrl-C or to a scheduler's SIGTERM; a traceback; another end than without the pause."""
