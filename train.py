@@ -51,7 +51,7 @@ WEIGHT_DECAY, GRAD_NORM = 1e-4, 1.                # of AdamW(.9, .999); gradient
 MAX_FAILED = .5                                   # share of a step's turns that the judge may fail on
 MAX_SKIPPED, MAX_UNINFORMED = 10, 20              # in a row: gradients that are not finite, steps without information
 RATIO_STOP, RATIO_WARN = .5, .02                  # how far from 1 the first ratio may be, as a share of --clip
-FAR = .005                                        # mean (v - v_old)^2 of about ten steps, above which NFT runs away
+FAR = .01                                         # mean (v - v_old)^2 of about ten steps, above which NFT runs away
 
 
 # ------------------------------------------------------------------------------------------------------------ config

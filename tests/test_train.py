@@ -743,7 +743,7 @@ def test_steps_that_teach_nothing_say_so_and_stop_the_run_in_the_end(tmp_path, j
     assert all(torch.equal(p, v) for p, v in zip(start["policy"], start["sets"]["ref"]))
 
 
-@pytest.mark.parametrize("distances, warned_at", [([.001] * 80 + [.04], []), ([.001] * 5 + [.01] * 20, [12])])
+@pytest.mark.parametrize("distances, warned_at", [([.002] * 80 + [.08], []), ([.002] * 5 + [.02] * 20, [12])])
 def test_nft_that_runs_away_is_told_once(distances, warned_at, tmp_path, capsys):
     """Catches: hours of NFT past the point where it damages its editor, without a word; a warning at one odd step."""
     streaks, used, told = Counter(), torch.ones(1, dtype=torch.bool), []
