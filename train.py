@@ -871,7 +871,8 @@ def prepare(cfg):
             if not checkpoints(out):
                 raise ValueError(f"--out {out} must be one folder that all nodes see: process {rank} finds no run")
             done = restore(editor, optimizer, out, lambda words: None)
-        check_alike(editor, done, cfg, share, device)
+        if world > 1:
+            check_alike(editor, done, cfg, share, device)
         return Run(share, device, judge, referee, weights, tasks_by_size, val, editor, optimizer, done, held.pop_all())
 
 

@@ -276,7 +276,6 @@ def measure_cosines(name, configs):
         if run not in there:
             cosines = own_cosines(first_gradients(cfg, GRADIENTS))
             there[run] = cosines.mean().item() if len(cosines) else None
-            file.parent.mkdir(parents=True, exist_ok=True)
             model.write_text(file, json.dumps(there))
             print(f"study {name}, arm {arm}, seed {seed}: cosine between gradients {there[run]}", flush=True)
         found.setdefault(arm, []).append(there[run])

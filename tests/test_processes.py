@@ -232,13 +232,11 @@ sys.argv[at] += os.environ["RANK"]                 # as on two nodes, each with 
 @pytest.mark.parametrize("stale, words", [(False, "process 1 finds no run"), (True, "they have read different runs")])
 def test_nodes_that_do_not_see_the_same_folder_are_refused(tmp_path, stale, words):
     """Catches: processes that train on from different weights, or wait for each other in a collective for days."""
-    script = write_script(tmp_path, OWN_FOLDER)
     for rank in range(2) if stale else ():
         done = run_python(write_script(tmp_path, TRAIN), *flags(tmp_path / f"run{rank}", steps=1, seed=rank))
         assert done.returncode == 0, done.stderr[-3000:]
-        script = write_script(tmp_path, OWN_FOLDER)
-    more = dict(steps=2, seed=0) if stale else dict(steps=2)
-    done = run_python(*TORCHRUN, script, *flags(tmp_path / "run", **more), *["--resume"] * stale)
+    script = write_script(tmp_path, OWN_FOLDER)
+    done = run_python(*TORCHRUN, script, *flags(tmp_path / "run", steps=2, seed=0), *["--resume"] * stale)
     assert done.returncode == 1 and f"must be one folder that all nodes see: {words}" in done.stderr, done.stderr[-3000:]
 
 

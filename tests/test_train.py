@@ -746,11 +746,12 @@ def test_steps_that_teach_nothing_say_so_and_stop_the_run_in_the_end(tmp_path, j
 @pytest.mark.parametrize("distances, warned_at", [([.002] * 80 + [.08], []), ([.002] * 5 + [.02] * 20, [12])])
 def test_nft_that_runs_away_is_told_once(distances, warned_at, tmp_path, capsys):
     """Catches: hours of NFT past the point where it damages its editor, without a word; a warning at one odd step."""
-    streaks, used, told = Counter(), torch.ones(1, dtype=torch.bool), []
+    streaks, used, told = [Counter(), Counter()], torch.ones(1, dtype=torch.bool), []
     for step, distance in enumerate(distances, 1):
         info = {"taken": 1, "skipped": 0, "old_distance": distance}
-        for rank in (1, 0):                                                            # only the first process speaks
-            train.check_streaks(Counter(streaks) if rank else streaks, used, info, step, tmp_path, train.Share(rank, 2, [0], [0], 1, 1))
+        for rank in (0, 1):                                                            # only the first process speaks
+            share = train.Share(rank, 2, [0], [0], 1, 1)
+            train.check_streaks(streaks[rank], used, info, step, tmp_path, share)
         told += [step] * capsys.readouterr().err.count("NFT begins to run away")
     assert told == warned_at
 
