@@ -58,12 +58,14 @@ class Study(NamedTuple):
 
 # What is learned late is trained for longer: leaving room pays off turns later. From step 90 on NFT grew unstable.
 LONG = "--steps 80"
+# A KL term that holds it, and as many small steps as 133 of the default's in samples and updates.
+HELD = "--kl .5 --updates 1 --steps 400"
 # As many edits of eight samples each in a step as by default, 72, however long the dialogues are (K = 5: 75 or 70).
 K1, K3, K5 = "--turns 1 --tasks 72", "", "--turns 5 --tasks 15"
 K5_GRPO = "--turns 5 --tasks 14"         # its two updates divide them
 # By default at advantage level, both alike.
-FUSIONS = {"advantage": "", "weighted": "--reward-weights .8,.2", "reward": "--fuse reward",
-           "following": "--reward-weights 1,0", "consistency": "--reward-weights 0,1"}
+FUSIONS = {"advantage": "", "reward": "--fuse reward", "following": "--reward-weights 1,0",
+           "consistency": "--reward-weights 0,1"}
 # What the aggregates aggregate: the paper's broadcast, every turn gets the trajectory's advantage.
 BROADCAST = "--spread trajectory"
 
@@ -85,6 +87,11 @@ STUDIES = {
          for name, fusion in (("", ""), ("-following", "--reward-weights 1,0"))
          for K, words in ((1, K1), (3, K3))},
         [["k1", "k3"], ["k1-following", "k3-following"]]),
+    "planning": Study(
+        "Both rewards, held by a KL term, trained longer still: do three turns teach to plan, and single edits not?",
+        ["IF_3", "O_3", "O_5", "CC_3", "possible", "room_3", "M_clean"],
+        {"k1": f"--algo nft --turns 1 --tasks 24 {HELD}",
+         "k3": f"--algo nft --tasks 8 {HELD}"}),
     "credit": Study(
         "Does the broadcast of the trajectory's advantage bridge local planning and global success?",
         ["IF_3", "O_3", "O_5", "room_3"],

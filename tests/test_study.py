@@ -54,7 +54,8 @@ def lines_of(file):
 
 def test_every_arm_is_possible_and_has_as_many_edits_and_updates_as_the_others():
     """Catches: a flag that train.py has no more, or refuses; an arm that gets more to learn from than another."""
-    assert set(study.STUDIES) == {"turns", "longer", "credit", "aggregate", "fusion", "reasoning", "algorithms"}
+    assert set(study.STUDIES) == {"turns", "longer", "planning", "credit", "aggregate", "fusion", "reasoning",
+                                  "algorithms"}
     for name, one in study.STUDIES.items():
         edits, samples = set(), set()
         for arm, words in one.arms.items():
@@ -63,9 +64,11 @@ def test_every_arm_is_possible_and_has_as_many_edits_and_updates_as_the_others()
             train.divide(cfg, 0, 1)
             edits.add((cfg.turns == 5, cfg.tasks * cfg.group * cfg.turns))
             samples.add((cfg.algo, cfg.updates, cfg.steps, cfg.lr, cfg.min_std))
-            assert cfg.val_tasks == 0 and cfg.seed == 1 and cfg.steps == (80 if name == "longer" else study.STEPS)
+            steps = {"longer": 80, "planning": 400}.get(name, study.STEPS)
+            assert cfg.val_tasks == 0 and cfg.seed == 1 and cfg.steps == steps
         # 72 tasks' worth; five turns come nearest to it with 75 (NFT) and 70 (GRPO), which their updates divide
-        assert edits <= {(False, 72 * 8), (True, 75 * 8), (True, 70 * 8)}, name
+        third = {(False, 24 * 8)}
+        assert edits == third if name == "planning" else edits <= {(False, 72 * 8), (True, 75 * 8), (True, 70 * 8)}
         assert len(samples) == len({algo for algo, *_ in samples}), name
         grouped = [arm for group in one.compare or [one.arms] for arm in group]
         assert set(grouped) == set(one.arms)
@@ -73,7 +76,7 @@ def test_every_arm_is_possible_and_has_as_many_edits_and_updates_as_the_others()
 
 
 @pytest.mark.parametrize("words, expected", [
-    (["nosuch"], "'nosuch' is no study: name one of turns, longer, credit"), (["report"], "'' is no study"),
+    (["nosuch"], "'nosuch' is no study: name one of turns, longer, planning"), (["report"], "'' is no study"),
     (["report", "nosuch"], "'nosuch' is no study"), (["turns", "credit"], "'turns credit' is no study"),
     (["turns", "--seeds", "0"], "--seeds 0 must be at least 1"),
     (["turns", "--arms", "nft-k1,k9"], "--arms k9 is no arm of this study: name some of nft-k1, nft-k3"),
