@@ -333,17 +333,22 @@ class LocalJudge(VLMJudge):
         half = len(questions) // 2
         return self.answer(questions[:half], seeds[:half]) + self.answer(questions[half:], seeds[half:])
 
+    def chat(self, n, text):
+        """A question of n pictures in the words of the model's chat template, up to where its answer begins."""
+        think = self.reasoning == "think"
+        hybrid = {"enable_thinking": think} if "enable_thinking" in str(self.processor.chat_template) else {}
+        content = [{"type": "image"}] * n + [{"type": "text", "text": text}]
+        chat = [{"role": "user", "content": content}]
+        said = self.processor.apply_chat_template(chat, add_generation_prompt=True, **hybrid)
+        # The templates of some thinking models begin a thought: only --reasoning think lets them.
+        return said if think else re.sub(r"<think>\s*$", "<think>\n\n</think>\n\n", said)
+
     def prepare(self, questions):
         """Questions -> the model's inputs."""
-        texts, images, think = [], [], self.reasoning == "think"
-        hybrid = {"enable_thinking": think} if "enable_thinking" in str(self.processor.chat_template) else {}
-        for pictures, text in questions:
-            content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text}]
-            chat = [{"role": "user", "content": content}]
-            text = self.processor.apply_chat_template(chat, add_generation_prompt=True, **hybrid)
-            # The templates of some thinking models begin a thought: only --reasoning think lets them.
-            texts.append(text if think else re.sub(r"<think>\s*$", "<think>\n\n</think>\n\n", text))
-            images.append([Image.fromarray(pixels) for pixels in pictures.permute(0, 2, 3, 1).numpy()])
+        asked = [(len(pictures), text) for pictures, text in questions]                  # alike for a group's samples
+        texts = once(asked, asked, {}, lambda new: [self.chat(n, text) for n, text in new])
+        images = [[Image.fromarray(pixels) for pixels in pictures.permute(0, 2, 3, 1).numpy()]
+                  for pictures, _ in questions]
         # Many templates write the first token themselves: twice it would be another prompt.
         special = not texts[0].startswith(self.tokenizer.bos_token or "no such text")
         options = dict(padding=True, return_tensors="pt", add_special_tokens=special)
