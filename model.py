@@ -67,6 +67,7 @@ class Editor:
     def __init__(self, pipe, device, guidance=None, offload=False, max_text=None, shard=False):
         self.pipe, self.device, self.offload = pipe, torch.device(device), offload
         self.transformer, self.vae, self.scheduler = pipe.transformer, pipe.vae, pipe.scheduler
+        self.dtype = pipe.transformer.dtype                      # asked once: it looks through all modules
         self.encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part]
         self.multiple = 2 * pipe.vae_scale_factor                # a side of a picture is a multiple of this many pixels
         self.max_text = max_text or self.max_text
@@ -203,9 +204,8 @@ class Editor:
 
     def run(self, x, t, context, **inputs):
         """The transformer on [x, context], in its own precision -> v of x's tokens, float32."""
-        dtype = self.transformer.dtype
-        both = torch.cat([x, context], 1).to(dtype)
-        t = (t * 1000).to(dtype) / 1000                          # rounded where the pipeline rounds
+        both = torch.cat([x, context], 1).to(self.dtype)
+        t = (t * 1000).to(self.dtype) / 1000                     # rounded where the pipeline rounds
         with self.autocast():
             v = self.transformer(hidden_states=both, timestep=t, return_dict=False, **inputs)[0]
         return v[:, :x.shape[1]].float()
@@ -291,7 +291,7 @@ class KontextEditor(Editor):
         return {"text": text, "pooled": pooled}
 
     def predict(self, x, t, cond, context, size):
-        text = cond["text"].to(self.transformer.dtype)
+        text = cond["text"].to(self.dtype)
         guidance = None
         if self.transformer.config.guidance_embeds:
             guidance = torch.full((len(x),), self.guidance, device=self.device)
@@ -328,7 +328,7 @@ class KleinEditor(Editor):
         return {"text": torch.cat(rows)}
 
     def predict(self, x, t, cond, context, size):
-        text = cond["text"].to(self.transformer.dtype)
+        text = cond["text"].to(self.dtype)
         places = torch.arange(text.shape[1], device=self.device)
         return self.run(x, t, context, guidance=None, encoder_hidden_states=text,
                         img_ids=F.pad(self.positions(size, 0, 10), (0, 1)),      # layer, row, column, 0
@@ -372,7 +372,7 @@ class QwenEditor(Editor):
         mask = torch.arange(longest, device=self.device) < cond["length"][:, None]
         shape = (1, size[0] // self.multiple, size[1] // self.multiple)
         return self.run(x, t, context, img_shapes=[[shape, shape]] * len(x),
-                        encoder_hidden_states=cond["text"][:, :longest].to(self.transformer.dtype),
+                        encoder_hidden_states=cond["text"][:, :longest].to(self.dtype),
                         encoder_hidden_states_mask=None if mask.all() else mask)
 
     def guide(self, v, v_negative):
@@ -563,8 +563,8 @@ def add_lora(editor, rank, alpha=None, targets="all", seed=0):
     """
     transformer, chosen = editor.transformer, set()
     if rank == 0:
-        if transformer.dtype != torch.float32:
-            raise ValueError(f"LoRA rank 0 trains the transformer itself, here in {transformer.dtype}: a step of 1e-4 "
+        if editor.dtype != torch.float32:
+            raise ValueError(f"LoRA rank 0 trains the transformer itself, here in {editor.dtype}: a step of 1e-4 "
                              "is below the precision of most of its numbers, they would never move; train a LoRA")
         transformer.requires_grad_(True)
         editor.trained = dict(transformer.named_parameters())

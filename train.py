@@ -349,7 +349,7 @@ def update(editor, trajectory, A, used, optimizer, cfg, step, share):
     totals, n_total, norms, deviations, skipped = torch.zeros(len(names), device=device), 0, [], {}, 0
     # A ratio must start at 1, and in bfloat16 a batch of another size may compute another log-probability.
     has_ratio = "log_ratio" in names
-    whole = has_ratio and editor.transformer.dtype != torch.float32
+    whole = has_ratio and editor.dtype != torch.float32
     # All processes gather a sharded base together: each makes the forwards that any of them needs.
     needed = used
     if cfg.shard:

@@ -191,7 +191,7 @@ def baseline_noise(editor, seed):
     # drawn as latents of one picture, in the number format of the model; then p x p of them make a token
     generator = torch.Generator(device).manual_seed(seed)
     shape = 1, channels, side * p, side * p
-    z = torch.randn(shape, generator=generator, device=device, dtype=editor.transformer.dtype)
+    z = torch.randn(shape, generator=generator, device=device, dtype=editor.dtype)
     z = z.float().cpu().view(channels, side, p, side, p)
     return z.permute(1, 3, 0, 2, 4).reshape(N, C)
 

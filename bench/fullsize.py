@@ -82,7 +82,7 @@ def one_forward(editor, size, micro):
     The machine's rate is measured here and now: that of the same matrix products as in the forward, alone.
     """
     device, shapes = editor.device, Counter()
-    dtype = torch.bfloat16 if editor.fast else editor.transformer.dtype
+    dtype = torch.bfloat16 if editor.fast else editor.dtype
     images = torch.zeros(micro, 3, *size, dtype=torch.uint8)
     cond = select(editor.condition(["Add a red circle"] * micro, images), torch.arange(micro), device)
     x = torch.randn(micro, *editor.latent_shape(size), device=device)

@@ -295,7 +295,7 @@ def test_every_family_packs_its_noise_as_its_pipeline_does(monkeypatch):
     for family, shape in (("FluxKontextPipeline", (1, 16, 8, 8)), ("Flux2KleinPipeline", (1, 64, 4, 4))):
         monkeypatch.setitem(edival.BASELINES, family, PUBLISHED[family]._replace(size=64))
         editor = SimpleNamespace(pipe=type(family, (), {})(), device="cpu", multiple=16,
-                                 latent_shape=lambda size: (16, 64), transformer=SimpleNamespace(dtype=torch.float32))
+                                 latent_shape=lambda size: (16, 64), dtype=torch.float32)
         z = torch.randn(shape, generator=torch.Generator().manual_seed(1234))
         assert torch.equal(edival.baseline_noise(editor, 1234), pack[family](z)), family
 
@@ -305,7 +305,7 @@ def test_every_family_packs_its_noise_as_its_pipeline_does(monkeypatch):
 class CopyEditor:
     """Returns every picture as it was: its velocity points from anything to the context, v = (x - context) / t."""
     device, multiple, negative, guidance, max_text = torch.device("cpu"), 16, None, 1., 77
-    pipe, transformer = type("FluxKontextPipeline", (), {})(), SimpleNamespace(dtype=torch.float32)
+    pipe, dtype = type("FluxKontextPipeline", (), {})(), torch.float32
     loaded = []
     merged = nullcontext
 
