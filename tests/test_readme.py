@@ -63,3 +63,20 @@ def test_an_editor_of_ones_own_edits(monkeypatch):
     editor.max_text = model.KontextEditor.max_text
     own = rollout(editor, make_tasks(1), 1, 2, 3, (0, 0))
     assert type(editor) is names["MyEditor"] and torch.equal(own.images, usual.images)
+
+
+def test_every_link_of_the_documents_leads_somewhere():
+    """Catches: a renamed file, picture or heading that a document still points to (headings by GitHub's rule)."""
+    def anchors(file):
+        headings = re.findall(r"^#+ (.*)", file.read_text(encoding="utf-8"), re.M)
+        return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    lost = []
+    for file in files:
+        for link in re.findall(r"\]\(([^)\s]+)\)", file.read_text(encoding="utf-8")):
+            path, _, anchor = link.partition("#")
+            target = file.parent / path if path else file
+            if not link.startswith("http") and (not target.exists() or anchor and anchor not in anchors(target)):
+                lost.append(f"{file.name}: {link}")
+    assert not lost
