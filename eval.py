@@ -143,11 +143,8 @@ def plan_clean(plan, tasks, probes, folder=None, file_of=picture_file):
     return sorted(clean, key=lambda d: (d.seed, d.turns.start, d.row))
 
 
-def read_plan(tasks, K, seeds, probes, folder, fingerprint):
-    """All that an arm is sampled on, with what its folder has of it -> [Dialogue], and whether no picture is missing.
-
-    fingerprint: of the judge whose scores are read, None without a judge.
-    """
+def read_plan(tasks, K, seeds, probes, folder):
+    """All that an arm is sampled on, with the pictures that its folder has -> [Dialogue], and whether none is missing."""
     def pictured(plan):
         return all(file.is_file() for d in plan for file in d.files)
 
@@ -157,7 +154,6 @@ def read_plan(tasks, K, seeds, probes, folder, fingerprint):
         clean = plan_clean(plan, tasks, probes, folder)
         complete = pictured(clean)
         plan += clean
-    read_scores(folder, fingerprint, plan)
     return plan, complete
 
 
@@ -692,7 +688,8 @@ def read_run(run):
     config = read_json(Path(run) / "config.json")
     config |= {"denoise": config.get("eval_denoise"), "lora": [f"tuned={run}"], "out": f"{run}/eval"}
     data.check_settings(Settings, config | {"lora": None}, Path(run) / "config.json")
-    names = ("model", "lora", "data", "turns", "denoise", "guidance", "resolution", "offload", *JUDGE, "out")
+    names = ("model", "lora", "data", "turns", "denoise", "guidance", "resolution", "offload", *JUDGE, "out",
+             "content_of_data")
     return {name: config[name] for name in names if config.get(name) is not None}
 
 
@@ -705,7 +702,7 @@ def settle(flags):
 
     # What was trained, and on what.
     config = read_run(flags["run"]) if "run" in flags else {}
-    trained_on = config.get("data")
+    trained_on, content = config.get("data"), config.pop("content_of_data", None)
     source = flags.get("data", trained_on or "shapes")
     if "resolution" in flags and source == "shapes":
         raise ValueError("--resolution does nothing with --data shapes, whose pictures have one size")
@@ -720,8 +717,9 @@ def settle(flags):
     if source == "shapes":
         depends = {"split": "test", "tasks": 500, "probes": flags.get("tasks", 500), "denoise": 8, "batch": 100}
     else:
-        depends = {"split": "val" if source == trained_on else "all", "probes": 100, "denoise": 28,
-                   "batch": 4}
+        # The file that was trained on, by whatever path: of that only what was held out.
+        same = source == trained_on or Path(source).is_file() and data.file_fingerprint(source) == content
+        depends = {"split": "val" if same else "all", "probes": 100, "denoise": 28, "batch": 4}
     chosen = depends | config | flags
     return Settings(**chosen | {"lora": name_loras(chosen.get("lora", []))})
 
@@ -733,7 +731,7 @@ def name_loras(texts):
         name, sign, path = text.partition("=")
         if not sign or "/" in name:
             place, path = Path(text).resolve(), text
-            folder = place if place.is_dir() else place.parent
+            folder = place.parent if place.is_file() else place
             name = folder.name if len(texts) > 1 else "tuned"
         if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
             raise ValueError(f"{name!r} may hold letters, digits, '.', '_' and '-' only: write NAME={path}")
@@ -834,12 +832,12 @@ def main(argv=None):
 
     # LoRAs before the base, so that one that does not fit is refused at once: until then nothing is written.
     arms = dict.fromkeys(["base", *settings.lora])
-    for arm in [*settings.lora, "base"]:
+    for number, arm in enumerate([*settings.lora, "base"]):
         folder, editor = out / "arms" / arm, None
-        _, complete = read_plan(tasks, settings.turns, settings.seeds, settings.probes, folder, None)
+        _, complete = read_plan(tasks, settings.turns, settings.seeds, settings.probes, folder)
         if not complete:
             editor = load_arm(settings, arm, {task.size for task in tasks}, device)
-        if rank == 0 and not any(arms.values()):
+        if rank == 0 and number == 0:
             # once more, since a hub id is known by its content only now that it is here
             record = {"settings": asdict(settings), "made_of": before | of_tasks | made_of(settings)}
             if judge:

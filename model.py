@@ -323,9 +323,11 @@ class KleinEditor(Editor):
 
     def encode_text(self, instructions, pictures):
         # one at a time: the language model returns all hidden states and logits of its 512 padded tokens
-        rows = [self.pipe.encode_prompt(instruction, device=self.device, max_sequence_length=self.max_text)[0]
-                for instruction in instructions]
-        return {"text": torch.cat(rows)}
+        # (and each text once: the negative prompt is the same for all)
+        found = {}
+        for text in dict.fromkeys(instructions):
+            found[text] = self.pipe.encode_prompt(text, device=self.device, max_sequence_length=self.max_text)[0]
+        return {"text": torch.cat([found[text] for text in instructions])}
 
     def predict(self, x, t, cond, context, size):
         text = cond["text"].to(self.dtype)
@@ -662,7 +664,7 @@ def write_whole(file, writer):
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         writer(temporary)
-        with open(temporary, "rb") as written:
+        with open(temporary, "r+b") as written:                  # Windows brings only to the disk what it may write
             os.fsync(written.fileno())
         os.replace(temporary, file)
         # the new name, and those of the folders made for it, are on the disk when the lists that hold them are
@@ -730,6 +732,10 @@ def load_weights(editor, path):
         layers[name] = A, B
     if not layers:
         raise ValueError(f"{file} holds no LoRA: it has no tensors")
+    # left out, they would make another editor in silence: biases, DoRA's magnitudes
+    others = state.keys() - {lora_key(name, letter) for name in layers for letter in "AB"}
+    if others:
+        raise ValueError(f"{file} holds more than LoRA's A and B of Linears: {min(others)}")
 
     for name, (A, B) in layers.items():
         module = wrap(editor, name, len(A), alphas[name])
@@ -745,6 +751,9 @@ def read_lora(pipe, file, state):
     A key of another form gives a NAME too, so that whoever looks for it in the editor finds that it does not fit.
     """
     from diffusers.utils import convert_unet_state_dict_to_peft
+    for key in state:
+        if "dora_scale" in key:                                  # which diffusers leaves out
+            raise ValueError(f"it is DoRA, it holds {key}")
     read = pipe.lora_state_dict(state, return_alphas=True)
     state, in_keys = read if isinstance(read, tuple) else (read, None)
     if any(".lora." in key for key in state):                    # diffusers' older names: lora.down and lora.up

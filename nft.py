@@ -9,7 +9,7 @@ samples (p near 0) worse, by an implicit positive and an implicit negative polic
     x0+- = x_t - t v+-                    w+- = mean |x0+- - x_0|   (no gradient, at least 1e-5)
     L+-  = mean (x0+- - x_0)^2 / w+-
     loss = A_max / beta (p L+ + (1-p) L-)
-    old <- d old + (1-d) policy           d = min(.001 n, .5) after optimizer step n
+    old <- d old + (1-d) policy           d = min(.001 n, .5), once a rollout, after optimizer step n
 
 At v = v_old the loss does not depend on p, and its gradient is A times that of weighted flow matching in x_0 space,
 mean (x_0(v) - x_0)^2 / w: A_max / beta cancels beta and the 1 / A_max in 2p - 1 = A / A_max (where |A| <= A_max).
@@ -52,5 +52,5 @@ def nft_loss(v, v_old, x_t, x_0, t, A, beta=1., A_max=5.):
 
 
 def old_decay(n, slope=.001, limit=.5):
-    """How much of the old policy stays in it after optimizer step n (1, 2, ...): old <- d old + (1-d) policy."""
+    """How much of the old policy stays in it once n optimizer steps were taken: old <- d old + (1-d) policy."""
     return min(slope * n, limit)

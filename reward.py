@@ -54,6 +54,7 @@ TOKENS = {"logits": 1, "direct": 16, "think": 2048}          # an answer's lengt
 TIMEOUT = {"logits": 120., "direct": 120., "think": 600.}    # seconds that a server may be silent
 TRIES, PAUSE = 3, 1.    # calls for an answer at most; seconds before the second, then doubled
 VOTE_TEMPERATURE = .7
+TAKEN = "judge seed pass task turn kind copied drift success possible".split()    # what eval.py calls other things
 REMEMBERED = 800        # pictures that a model on a CPU need not look at again
 # Asked when a judge is loaded: what does not work is said at once, and not an hour into the run.
 TRIAL = "following", torch.full((3, 3, 64, 64), 128, dtype=torch.uint8), ["Nothing"]
@@ -105,6 +106,8 @@ def read_rubrics(path, scoring):
         text = rubrics.get(name)
         if not isinstance(text, str) or not any(place in text for place in places):
             raise ValueError(f"--rubric {path}: {name} must be a text with {' or '.join(places)} in it")
+        if name in TAKEN:
+            raise ValueError(f"--rubric {path}: no reward can be called {name}, nor {', '.join(TAKEN)}")
     return rubrics
 
 
@@ -164,8 +167,8 @@ class ExactJudge(Judge):
         self.check(tasks)
         pixels = images.permute(0, 1, 3, 4, 2).numpy()
         starts, operations = ([task.meta[name] for task in tasks] for name in ("scenes", "operations"))
-        scenes, possible = world.resolve([start[0] for start in starts], operations, pixels[:, :k + 2])
-        success, following, consistency = world.judge(pixels[:, k + 1], pixels[:, k], scenes)
+        scenes, possible = world.resolve([start[0] for start in starts], operations, pixels)
+        success, following, consistency = world.judge(pixels[:, -1], pixels[:, -2], scenes)
         possible = possible[:, k].astype(np.float32)
         return torch.from_numpy(np.stack([following, consistency, success, possible], 1))
 

@@ -147,12 +147,19 @@ PRESETS |= {(f"{name}-1gpu", algo): values | ONE_GPU for (name, algo), values in
 
 def main(cfg):
     run = prepare(cfg)                                       # all that can be refused is refused in here
+    with run.held:                                           # --out is this run's alone
+        step, stop = learn(run, cfg)
+        finish(run, cfg, step, stop)
+
+
+def learn(run, cfg):
+    """The steps that are left -> the last one done, and the signal that ended it early, or 0."""
     editor, judge, referee, share, device = run.editor, run.judge, run.referee, run.share, run.device
     out, mine, streaks, stop = Path(cfg.out), torch.tensor(run.share.tasks), Counter(), 0
     asked = [cfg.turns - 1] if cfg.aggregate == "whole" else range(cfg.turns)
     progress = tqdm(range(run.done + 1, cfg.steps + 1), desc=cfg.algo, initial=run.done, total=cfg.steps,
                     disable=share.rank > 0)
-    with run.held, interruptible(share.rank == 0) as caught:
+    with interruptible(share.rank == 0) as caught:
         for step in progress:
             start, seconds, scores, seen = time.perf_counter(), {}, [], []
             batch = choose(run.tasks_by_size, cfg.tasks, cfg.seed, step)
@@ -171,7 +178,7 @@ def main(cfg):
             with timed(seconds, "judge_wait", device):
                 r = gather(collect(scores, judge, cfg), share, device)
                 seen = gather(collect(seen, referee, cfg), share, device) if referee else None
-            check_judge(r, judge, cfg, step)
+            check_judge(r, run, cfg, step)
 
             # 3. Advantages (B, G, K): every sample against the other samples of its own task.
             A, used = advantages(r, run.weights, cfg.aggregate, cfg.fuse, cfg.spread, cfg.min_std)
@@ -197,7 +204,7 @@ def main(cfg):
             check_streaks(streaks, used, info, step, out, share)
             if stop:
                 break
-    finish(run, cfg, step if stop else cfg.steps, stop)
+    return step if stop else cfg.steps, stop
 
 
 # ---------------------------------------------------------------------------------------------------- one training step
@@ -316,9 +323,9 @@ def forward_noise(trajectory, k, j, keys, cfg, device):
     Times are drawn without replacement from the --train-steps of the rollout's grid.
     """
     grid = trajectory.t[list(trained_steps(cfg))]
-    orders = [draw_noise(len(grid), *key, k, 10_000).argsort() for key in keys]
-    eps = [draw_noise(trajectory.x.shape[3:], *key, k, 10_001 + j) for key in keys]
-    return grid[[order[j].item() for order in orders]].to(device), torch.stack(eps).to(device)
+    order = torch.stack([draw_noise(len(grid), *key, k, 10_000).argsort() for key in keys])           # (n, len(grid))
+    eps = torch.stack([draw_noise(trajectory.x.shape[3:], *key, k, 10_001 + j) for key in keys])
+    return grid[order[:, j]].to(device), eps.to(device)
 
 
 TERMS = {"grpo": grpo_terms, "nft": nft_terms}
@@ -338,6 +345,13 @@ def micro_batches(part, used, needed, K, micro, whole):
                 yield batch if whole or not keep.any() else batch[keep], k
 
 
+def needed_anywhere(used, device):
+    """Samples for which any process makes a forward: all gather a sharded base together, and so make the same ones."""
+    needed = used.to(device).int()
+    dist.all_reduce(needed, dist.ReduceOp.MAX)
+    return needed.cpu()
+
+
 def update(editor, trajectory, A, used, optimizer, cfg, step, share):
     """One rollout's optimizer steps: A and used (S, K) of this process's rows -> info, means over what was trained on.
 
@@ -350,12 +364,7 @@ def update(editor, trajectory, A, used, optimizer, cfg, step, share):
     # A ratio must start at 1, and in bfloat16 a batch of another size may compute another log-probability.
     has_ratio = "log_ratio" in names
     whole = has_ratio and editor.dtype != torch.float32
-    # All processes gather a sharded base together: each makes the forwards that any of them needs.
-    needed = used
-    if cfg.shard:
-        needed = used.to(device).int()
-        dist.all_reduce(needed, dist.ReduceOp.MAX)
-        needed = needed.cpu()
+    needed = needed_anywhere(used, device) if cfg.shard else used
     for settings in optimizer.param_groups:
         settings["lr"] = cfg.lr * min(1, step / WARMUP)
 
@@ -439,8 +448,9 @@ def check_ratio(largest, first, cfg, share):
 def step_metrics(step, r, seen, A, used, info, seconds, run, cfg):
     """Rewards r (B, G, K, R), the referee's `seen` (B, G, K, ...) or None, and the rest of a step -> flat metrics.
 
-    Every reward per turn; the spread within groups of what --min-std looks at, and the share of groups over it: those
-    that the reward teaches. Where the referee's scores rise less than the judge's, the judge is being hacked.
+    Every reward per turn; its spread within groups, and the share of groups where that is over --min-std: those that it
+    teaches (with --fuse reward --min-std looks at the weighted sum instead). Where the referee's scores rise less than
+    the judge's, the judge is being hacked.
     """
     metrics = {"step": step, "judge/failed": share_failed(r, cfg)}
     columns = [("reward", r, run.judge.names)]
@@ -501,10 +511,12 @@ class Stopped(ValueError):
     """A run that cannot go on; its last checkpoint is intact."""
 
 
-def check_judge(r, judge, cfg, step):
-    """Stop a run whose judge has failed on too much of a step."""
-    failed = share_failed(r, cfg)
+def check_judge(r, run, cfg, step):
+    """Stop a run whose judge has failed on too much of a step. The steps before it are saved first."""
+    failed, judge = share_failed(r, cfg), run.judge
     if failed > MAX_FAILED:
+        if run.share.rank == 0:
+            save(run.editor, run.optimizer, step - 1, Path(cfg.out))
         raise Stopped(f"step {step}: the judge failed on {failed:.0%} of the turns, more than {MAX_FAILED:.0%}"
                       + (f"; its last words: {judge.last_failure}" if judge.last_failure else ""))
 
@@ -645,9 +657,11 @@ def open_run(cfg, judge, editor, optimizer):
     """Make the folder of a new run, or load the checkpoint of a resumed one. Returns the number of steps done."""
     out, contents = Path(cfg.out), fingerprints(cfg, judge)
     if cfg.resume:
-        same_as_before(read_json(out / "config.json"), contents, out)
+        before = read_json(out / "config.json")
+        same_as_before(before, contents, out)
         done = restore(editor, optimizer, out, lambda words: print(words, file=sys.stderr, flush=True))
         keep_lines(out / "metrics.jsonl", done)
+        model.write_text(out / "config.json", json.dumps(before | {"steps": cfg.steps}, indent=1))
         if not (out / model.LORA_FILE).exists():
             model.save_weights(editor, out, "ema")
         return done
@@ -692,6 +706,8 @@ def closing_table(run, cfg):
     editor, val, first = run.editor, run.val, run.share.rank == 0
     out, arms = Path(cfg.out), {}
     judge = (run.referee or run.judge) if first else None
+    if judge is run.judge and cfg.aggregate == "whole":      # turn by turn, as eval.py asks
+        judge.rubrics, judge.scoring = reward.read_rubrics(cfg.rubric, "turn"), "turn"
     before = "start" if cfg.lora else "base"                 # with --lora, training did not start from the base
     editor.fast = False                                      # in float32, as eval.py
     for arm, name in ((before, "ref"), ("tuned", "ema")):
@@ -768,7 +784,8 @@ def load_judges(cfg, device, tasks):
     """The judge that is trained on, and the referee that looks on, or None."""
     asked = dict(rubric=cfg.rubric, reasoning=cfg.reasoning, votes=cfg.votes, workers=cfg.judge_workers,
                  bf16=cfg.bf16)
-    judge = reward.load(cfg.judge, device, scoring="trajectory" if cfg.aggregate == "whole" else "turn", **asked)
+    scoring = "trajectory" if cfg.aggregate == "whole" else "turn"
+    judge = reward.load(cfg.judge, device, scoring=scoring, **({} if cfg.judge == "exact" else asked))
     judge.check(tasks)
     name = cfg.referee
     if not name:
@@ -801,7 +818,8 @@ def load_editor(cfg, device, sizes):
     editor.fast = cfg.bf16 and model.multiplies_in_bfloat16(device)
     warnings.filterwarnings("ignore", "Mismatch dtype")      # autocast leaves a norm's few weights in float32
     for size in sizes:
-        editor.latent_shape(size)                            # refuses a size that is no multiple
+        for T in (cfg.denoise, cfg.eval_denoise):
+            editor.times(T, size)                            # refuses a size that is no multiple, and too few steps
     if cfg.lora:
         model.load_weights(editor, cfg.lora)
     else:
@@ -888,11 +906,9 @@ EFFECT = {
     "lora_alpha": ("a fresh LoRA, without --lora or --lora-rank 0", lambda cfg: not cfg.lora and cfg.lora_rank),
     "lora_targets": ("a fresh LoRA, without --lora or --lora-rank 0", lambda cfg: not cfg.lora and cfg.lora_rank),
     "resolution": ("--data FILE", lambda cfg: cfg.data != "shapes"),
-    "rubric": ("a vision-language model as --judge", lambda cfg: cfg.judge != "exact"),
-    "reasoning": ("a vision-language model as --judge", lambda cfg: cfg.judge != "exact"),
-    "votes": ("a vision-language model as --judge", lambda cfg: cfg.judge != "exact"),
-    "judge_workers": ("a vision-language model as --judge or --referee",
-                      lambda cfg: cfg.judge != "exact" or cfg.referee not in ("", "none", "exact")),
+    **dict.fromkeys(("rubric", "reasoning", "votes", "judge_workers"), (
+        "a vision-language model as --judge or --referee",
+        lambda cfg: cfg.judge != "exact" or cfg.referee not in ("", "none", "exact"))),
     "offload": ("a GPU", lambda cfg: not cfg.offload or torch.cuda.is_available()),
     "shard": ("several processes of torchrun, and a LoRA",
               lambda cfg: not cfg.shard or int(os.environ.get("WORLD_SIZE", 1)) > 1 and (cfg.lora or cfg.lora_rank)),

@@ -515,7 +515,9 @@ def read_evaluation(out):
         raise ValueError(f"{out / 'settings.json'} does not say how many probes there are")
     sampled, arms = (tasks, settings.turns, settings.seeds, settings.probes), {}
     for arm in ("base", *settings.lora):
-        plan, _ = evaluation.read_plan(*sampled, out / "arms" / arm, fingerprint)
+        folder = out / "arms" / arm
+        plan, _ = evaluation.read_plan(*sampled, folder)
+        evaluation.read_scores(folder, fingerprint, plan)
         arms[arm] = evaluation.collect(plan, names)
     return settings, arms, tasks
 

@@ -40,6 +40,7 @@ TURNS = 5                    # of the test dialogues
 GRADIENTS = 4                # on disjoint tasks, whose cosines say how much of a gradient is chance
 MOST = 2_000_000             # bytes of evidence of a study
 OUT, RESULTS = Path("out/study"), Path("results")            # in the repository
+CONTENTS = {}                # what `contents` has found
 # Columns of metrics.jsonl that are evidence, but for those of single turns.
 KEPT = ("step", "reward/", "referee/", "group_std/", "teaches/", "advantage/used", "update/grad_norm",
         "seconds/judge_wait", "seconds/total")
@@ -152,28 +153,30 @@ def work_through(waiting, at_once, threads):
     try:
         while waiting or running:
             for job in list(waiting):
-                if len(running) < at_once and (job.is_done() or start(job, running, threads, told)):
+                if len(running) == at_once:
+                    break
+                if job.is_done() or start(job, running, threads, told):
                     waiting.remove(job)
-            for job, (child, begun) in list(running.items()):
+            for job, (child, begun, said) in list(running.items()):
                 if child.poll() is None:
                     continue
                 del running[job]
                 if child.returncode:
-                    raise ValueError(f"{job.what} failed (exit code {child.returncode}): {last_line(job.log)}")
+                    raise ValueError(f"{job.what} failed (exit code {child.returncode}): {last_line(job.log, said)}")
                 job.finish()
                 done = total - len(waiting) - len(running)
                 print(f"[{done}/{total}] {job.what}: {time.time() - begun:.0f} s", flush=True)
             if running or waiting:
                 time.sleep(.2)
     finally:
-        for child, _ in running.values():
+        for child, _, _ in running.values():
             child.terminate()
-        for child, _ in running.values():
+        for child, _, _ in running.values():
             child.wait()
 
 
 def start(job, running, threads, told):
-    """Start a job's process. False where one of an earlier start, whose study was killed, has not ended yet."""
+    """Start a job's process, unless it has just been done. False where one of an earlier start has not ended yet."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "a") as log:
         # The child inherits the open file, and so the lock: it falls when the last process of the job ends.
@@ -188,17 +191,17 @@ def start(job, running, threads, told):
         if job.is_done():
             return True
         environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-        words = [sys.executable, *map(str, job.command())]
+        words, said = [sys.executable, *map(str, job.command())], log.tell()
         # A session of its own: Ctrl-C is for this program, which then asks its children to finish their step.
         child = subprocess.Popen(words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
                                  stderr=subprocess.STDOUT, start_new_session=True)
-    running[job] = child, time.time()
+    running[job] = child, time.time(), said
     return True
 
 
-def last_line(log):
-    """Why a script ended, as it says itself; else the last it said."""
-    lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
+def last_line(log, since):
+    """Why a script ended, as it says itself; else the last it said. Earlier starts have said the bytes before `since`."""
+    lines = log.read_bytes()[since:].decode(errors="replace").replace("\r", "\n").splitlines()
     lines = [line.strip() for line in lines if line.strip()]
     named = [line for line in lines if line.startswith(("train.py: ", "eval.py: "))]
     return (named or lines or ["it said nothing"])[-1]
@@ -218,6 +221,15 @@ def all_words(words, seed):
     return ["--steps", str(STEPS), "--val-tasks", "0", "--seed", str(seed), "--out", str(out), *words.split()]
 
 
+def contents(cfg):
+    """Digests of what is behind a config's names now: a run of other weights, pictures or judge is another run."""
+    key = cfg.model, cfg.lora, cfg.data, cfg.judge, cfg.rubric, cfg.reasoning, cfg.votes, cfg.aggregate == "whole"
+    if key not in CONTENTS:
+        judge, _ = train.load_judges(cfg, torch.device("cpu"), [])
+        CONTENTS[key] = train.fingerprints(cfg, judge)
+    return CONTENTS[key]
+
+
 def train_job(name, arm, seed, cfg):
     """The training of an arm with one seed."""
     out = ROOT / cfg.out
@@ -231,7 +243,7 @@ def train_job(name, arm, seed, cfg):
         if done > cfg.steps:
             raise ValueError(f"{cfg.out} is at step {done}, after the {cfg.steps} of a study: move it away")
         if done == cfg.steps:
-            train.same_as_before(data.read_json(out / "config.json"), asdict(cfg), cfg.out)
+            train.same_as_before(data.read_json(out / "config.json"), asdict(cfg) | contents(cfg), cfg.out)
         return done == cfg.steps
 
     def command():
@@ -258,7 +270,7 @@ def eval_job(name, arm, configs, tasks, processes):
     def is_done():
         files = [model.find_weights(ROOT / path) for path in loras.values()]
         fresh = note.is_file() and all(note.stat().st_mtime > file.stat().st_mtime for file in files)
-        return fresh and json.loads(note.read_text()) == words
+        return fresh and json.loads(note.read_text()) == [words, contents(cfg)]
 
     def command():
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -266,7 +278,7 @@ def eval_job(name, arm, configs, tasks, processes):
 
     def finish():
         note.parent.mkdir(parents=True, exist_ok=True)
-        model.write_text(note, json.dumps(words))
+        model.write_text(note, json.dumps([words, contents(cfg)]))
     return Job(f"study {name}, arm {arm}, evaluation", ROOT / OUT / "eval.log", is_done, command, finish)
 
 

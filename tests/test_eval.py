@@ -1017,6 +1017,28 @@ def test_settings_come_from_flags_then_the_run_then_defaults(run, tmp_path):
     assert (other.split, other.judge, other.rubric, other.votes) == ("all", "second", "", 1)
 
 
+def test_only_what_was_held_out_of_the_training_file_is_evaluated_whatever_its_path(tmp_path, monkeypatch):
+    """Catches: training tasks scored as if never seen, since the file has another name from another folder."""
+    picture, line = tmp_path / "a.png", {"image": "a.png", "instructions": ["Make it black"]}
+    Image.new("RGB", (64, 64)).save(picture)
+    trained, other = tmp_path / "trained.jsonl", tmp_path / "other.jsonl"
+    trained.write_text(json.dumps(line))
+    other.write_text(json.dumps(line | {"instructions": ["Make it white"]}))
+    cfg = {"model": "m", "data": "trained.jsonl", "content_of_data": data.file_fingerprint(trained)}
+    (tmp_path / "config.json").write_text(json.dumps(cfg))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert settle("--run", tmp_path, "--data", trained).split == "val"
+    assert settle("--run", tmp_path, "--data", "../trained.jsonl").split == "val"
+    assert settle("--run", tmp_path, "--data", other).split == "all"
+
+
+def test_a_lora_that_is_not_there_is_named_as_it_was_written():
+    """Catches: two mistyped folders of one parent refused as two models of one name."""
+    assert evaluation.name_loras(["out/grpo", "out/nft"]) == {"grpo": "out/grpo", "nft": "out/nft"}
+
+
 def check_results(folder, stdout, arms, K):
     result = json.loads((folder / "results.json").read_text())
     assert list(result["arms"]) == arms

@@ -416,6 +416,9 @@ def spoilt_loras():
         "peft's layout": {k.replace("transformer.", "base_model.model.", 1): v for k, v in good.items()},
         "B missing": {A: good[A]},
         "ranks of A and B differ": {A: good[A], B: torch.zeros(128, 2)},
+        "a bias too": good | {B.replace("weight", "bias"): torch.zeros(128)},
+        "DoRA by PEFT": good | {A.replace("lora_A", "lora_magnitude_vector"): torch.zeros(128)},
+        "DoRA by others": good | {A.replace("lora_A.weight", "dora_scale"): torch.zeros(128, 1)},
         "no LoRA at all": {},
     }
 

@@ -518,13 +518,14 @@ def test_votes_that_fail_are_left_out(llava, monkeypatch, capsys):
     (dict(rubric="TMP"), "--rubric .*JSON"), (dict(rubric="TMP/deep"), "--rubric .*JSON"),
     (dict(rubric="TMP/one"), "consistency must .*{instruction} or {instructions}"),
     (dict(rubric="TMP/no place"), "consistency must .*{instruction} or {instructions}"),
-    (dict(rubric="TMP/number"), "beauty must be a text"),
+    (dict(rubric="TMP/number"), "beauty must be a text"), (dict(rubric="TMP/taken"), "no reward can be called drift"),
     (dict(rubric="TMP/turn", scoring="trajectory"), "following must be a text with {instructions}")])
 def test_contradictory_wishes_are_refused_in_one_line(options, words, llava, tmp_path):
     """A wish that is silently not fulfilled: four votes that are one, a rubric that never sees the instruction."""
     good = {"following": "{instruction}?", "consistency": "{instructions}?"}
     for name, content in (("list", [1]), ("no place", good | {"consistency": "Good?"}), ("turn", good),
-                          ("number", good | {"beauty": 3}), ("one", {"following": "{instruction}?"})):
+                          ("number", good | {"beauty": 3}),
+                          ("taken", good | {"drift": "{instruction}?"}), ("one", {"following": "{instruction}?"})):
         (tmp_path / name).write_text(json.dumps(content))
     (tmp_path / "text").write_bytes(b"this is no JSON at all \xff")
     (tmp_path / "deep").write_text("[" * 100000)

@@ -108,15 +108,17 @@ def test_a_study_of_some_arms_compares_those():
 
 
 def test_an_arm_that_fails_says_which_and_why(tmp_path, monkeypatch, capsys):
-    """Catches: a failure that the next arm's output hides; other arms that go on for hours without anybody."""
+    """Catches: a failure that the next arm's output hides, or an older one of the same log; other arms that go on for
+    hours without anybody."""
+    (tmp_path / "bad.log").write_text("train.py: another process trains there\n")
     monkeypatch.setattr(study, "ROOT", tmp_path)
     (tmp_path / "train.py").write_text(
         "import sys, time\nprint('\\rsomething')\n"
-        "if sys.argv[1] == 'bad':\n    sys.exit('train.py: --tasks 7 is odd')\ntime.sleep(600)\n")
+        "if sys.argv[1] == 'bad':\n    sys.exit('--tasks 7 is odd')\ntime.sleep(600)\n")
     jobs = [study.Job(f"arm {name}", tmp_path / f"{name}.log", lambda: False, lambda name=name: ["train.py", name])
             for name in ("good", "bad")]
     begun = time.time()
-    with pytest.raises(ValueError, match=r"^arm bad failed \(exit code 1\): train.py: --tasks 7 is odd$"):
+    with pytest.raises(ValueError, match=r"^arm bad failed \(exit code 1\): --tasks 7 is odd$"):
         study.work_through(jobs, 2, 1)
     assert time.time() - begun < 60
 
@@ -172,6 +174,13 @@ def test_a_study_killed_in_the_middle_goes_on_and_its_evidence_makes_the_report(
     for less, what in ((["--seeds", "1"], "seed 1"), (["--tasks", "5"], "6 test tasks"), (["--arms", "one"], "arm two")):
         said, _ = start(tmp_path, "turns", "--seeds", "2", "--tasks", "6", *less).communicate(timeout=300)
         assert f"turns holds more than this ({what})" in said and digest(results) == there, said
+
+    # A run that another judge has trained is another run.
+    config = folders["one-0"] / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"content_of_judge": "', '"content_of_judge": "x'))
+    said, _ = start(tmp_path, *words).communicate(timeout=300)
+    assert "another config: content_of_judge 'x" in said and digest(results) == there, said
 
     # From the evidence alone.
     by_eval = json.loads((tmp_path / "out" / "eval" / "results.json").read_text())

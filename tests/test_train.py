@@ -22,7 +22,7 @@ import model
 import reward
 import train
 from fixtures import (ROOT, Judge, child_environment, editor_folder, make_tasks, move, new_editor, record_disk, refused,
-                      run_script)
+                      run_script, tiny_editor)
 from grpo import grpo_loss, sde_step
 from nft import nft_loss, noised
 from rollout import rollout, select
@@ -596,6 +596,37 @@ def test_training_end_to_end(end_to_end, algo, processes):
     assert len(base["O"]) == len(tuned["O"]) == K and base != tuned
 
 
+def test_the_closing_table_asks_turn_by_turn_where_training_asked_about_the_whole(tmp_path, monkeypatch):
+    """Catches: success of all turns so far taken for that of a turn, and cumulated once more."""
+    asked, prompt = [], reward.VLMJudge.prompt
+
+    def note(*given):
+        asked.append(prompt(*given))
+        return asked[-1]
+    monkeypatch.setattr(reward.VLMJudge, "prompt", note)
+    train.main(config(tmp_path, judge="shapes/judge", referee="none", aggregate="whole", spread="trajectory", steps=1,
+                      val_tasks=2))
+    whole = [text.startswith("Picture 1 was edited into picture 2, in steps.") for _, text in asked[1:]]
+    trained_on = 2 * B * G
+    assert all(whole[:trained_on]) and not any(whole[trained_on:]) and len(whole) >= trained_on + 2 * 2 * 2 * K
+
+
+def test_too_few_steps_of_evaluation_are_refused_before_training(tmp_path, monkeypatch):
+    """Catches: hours of training that end in a refusal: schedulers with a last time above 0 need two steps."""
+    monkeypatch.setattr(model, "load", lambda *_, **__: tiny_editor("qwen"))
+    cfg = config(tmp_path, eval_denoise=1)
+    with pytest.raises(ValueError, match="^1 denoising steps are too few for the scheduler"):
+        train.load_editor(cfg, torch.device("cpu"), [(48, 48)])
+    train.load_editor(config(tmp_path, eval_denoise=2), torch.device("cpu"), [(48, 48)])
+
+
+def test_a_referee_beside_the_exact_judge_is_asked_in_the_way_that_was_named():
+    """Catches: --reasoning refused, since the judge itself does not reason."""
+    cfg = config(judge="exact", referee="shapes/judge", reasoning="direct", judge_workers=3)
+    judge, referee = train.load_judges(cfg, torch.device("cpu"), make_tasks(1))
+    assert isinstance(judge, reward.ExactJudge) and (referee.reasoning, referee.workers) == ("direct", 3)
+
+
 def test_the_default_judge_is_the_shipped_one_and_the_exact_one_looks_on(tmp_path):
     """Catches: a default run that the exact judge decides; a VLM that is trained on with nothing to compare it with."""
     code, out, err = run_script("train.py", *flags(tmp_path / "run", judge=None, steps=1, val_tasks=4))
@@ -712,11 +743,11 @@ def test_a_judge_that_raises_counts_as_failed_and_the_run_goes_on(tmp_path, judg
 
 
 def test_too_many_failures_stop_the_run_and_leave_the_checkpoint(tmp_path, judge):
-    """Catches: training on noise for hours after the judge has died, or a checkpoint lost with it."""
+    """Catches: training on noise for hours after the judge has died, or a checkpoint or the steps before lost with it."""
     train.main(config(tmp_path / "a", steps=3))
     judge.calls.clear()
     judge.edit = lambda r, tasks, k: r.fill_(float("nan")) if len(judge.calls) > 2 * K else r
-    code, out, err = run_script("train.py", *flags(tmp_path / "b", steps=3, save_every=2))
+    code, out, err = run_script("train.py", *flags(tmp_path / "b", steps=3, save_every=10))
     assert code == 2 and "Traceback" not in err
     assert err.splitlines()[-1] == "train.py: step 3: the judge failed on 100% of the turns, more than 50%"
     assert state(tmp_path / "b")["step"] == 2 and len(metrics(tmp_path / "b")) == 2
