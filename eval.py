@@ -144,7 +144,7 @@ def plan_clean(plan, tasks, probes, folder=None, file_of=picture_file):
 
 
 def read_plan(tasks, K, seeds, probes, folder):
-    """All that an arm is sampled on, with the pictures that its folder has -> [Dialogue], and whether none is missing."""
+    """All that an arm is sampled on, with the pictures its folder has -> [Dialogue], and whether none is missing."""
     def pictured(plan):
         return all(file.is_file() for d in plan for file in d.files)
 
@@ -345,11 +345,11 @@ def append_lines(file, lines):
         stream.write(b"\n" * half + text.encode())
 
 
-def collect(plan, names):
-    """The lines of a plan -> Scores; names are the judge's rewards. ValueError if a turn has no line."""
+def tabulate(plan, names):
+    """The lines of a plan -> {(pass, column): values (seeds, n, K)}, NaN = unknown. ValueError if a turn has none."""
     n = 1 + max(d.row for d in plan)
     shape = 1 + max(d.seed for d in plan), n, plan[0].turns.stop
-    tables = defaultdict(lambda: torch.full(shape, math.nan, dtype=torch.float64))     # (pass, column) -> values
+    tables = defaultdict(lambda: torch.full(shape, math.nan, dtype=torch.float64))
     for d in plan:
         for k, line in zip(d.turns, d.lines):
             if line is None:
@@ -357,6 +357,12 @@ def collect(plan, names):
             for name in (*names, "copied", "drift"):
                 if line.get(name) is not None:
                     tables[d.part, name][d.seed, d.row, k] = line[name]
+    return tables
+
+
+def collect(plan, names):
+    """The lines of a plan -> Scores; names are the judge's rewards. ValueError if a turn has no line."""
+    tables = tabulate(plan, names)
 
     # What the judge's scores say of success, in the passes that were made.
     def success(part):

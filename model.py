@@ -426,7 +426,23 @@ def load_pipeline(path, dtype, on_cpu):
     diffusers.logging.set_verbosity_error()          # what matters of their warnings is raised below
     transformers.logging.set_verbosity_error()
 
-    # which pipeline it is; a hub id is downloaded only if it is one of the family
+    folder, family, parts = find_pipeline(path)
+    networks = check_parts(folder, parts)
+    if dtype is None:
+        size = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
+        dtype = torch.float32 if on_cpu or size < 1e9 else torch.bfloat16
+    models = {name: load_network(folder / name, *parts[name], dtype) for name in networks}
+    pipe = getattr(diffusers, family).from_pretrained(folder, dtype=dtype, **models)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def find_pipeline(path):
+    """Which pipeline it is -> its folder, its family, its parts {name: (library, class)}.
+
+    A hub id is downloaded only if it is one of the families. ValueError if it is none, or a part is of another library.
+    """
+    import diffusers
     folder = find_folder(path)
     if folder.is_dir():
         index = json.loads((folder / "model_index.json").read_text())
@@ -435,13 +451,17 @@ def load_pipeline(path, dtype, on_cpu):
     family = index.get("_class_name")
     if family not in FAMILIES:
         raise ValueError(f"it is a {family}; supported are {', '.join(FAMILIES)}")
-    if not folder.is_dir():
-        folder = Path(diffusers.DiffusionPipeline.download(str(path), use_safetensors=True))
     parts = {name: part for name, part in index.items() if isinstance(part, list) and part[0]}
     for name, (library, _) in parts.items():
         if library not in ("diffusers", "transformers"):         # it would be imported
             raise ValueError(f"its {name} is of {library!r}, expected diffusers or transformers")
+    if not folder.is_dir():
+        folder = Path(diffusers.DiffusionPipeline.download(str(path), use_safetensors=True))
+    return folder, family, parts
 
+
+def check_parts(folder, parts):
+    """Which parts are networks, by name. ValueError if a part has not the files that it needs."""
     # Small files first: where transformers finds no tokenizer or config, it goes on with no words, or a default size.
     for name in parts:
         files = {file.name for file in (folder / name).glob("*")}
@@ -451,29 +471,25 @@ def load_pipeline(path, dtype, on_cpu):
         if not whole:
             raise ValueError(f"{name}/ is not whole, it holds {', '.join(sorted(files)) or 'nothing'}")
 
-    # Which of the parts are models; a pickle (.bin) is none, since it may run anything when it is loaded.
+    # A pickle (.bin) is none: it may run anything when it is loaded.
     networks = [name for name in parts if name in ("transformer", "vae") or name.startswith("text_encoder")]
     for name in networks:
         if not any((folder / name).glob("*.safetensors")):
             raise ValueError(f"{name}/ holds no safetensors file")
+    return networks
 
-    # The models, tensor by tensor: the libraries only warn of a missing one, and draw it at random.
-    if dtype is None:
-        size = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
-        dtype = torch.float32 if on_cpu or size < 1e9 else torch.bfloat16
-    models = {}
-    for name in networks:
-        library, class_name = parts[name]
-        model_class = getattr(diffusers if library == "diffusers" else transformers, class_name)
-        models[name], info = model_class.from_pretrained(
-            folder / name, dtype=dtype, use_safetensors=True, output_loading_info=True)
-        missing = [key for key in sorted(info["missing_keys"]) if "num_batches_tracked" not in key]
-        if missing:
-            raise ValueError(f"{name}/ lacks {missing[0]} ({len(missing)} missing in all)")
-        check_finite(models[name].state_dict(), f"{name}/")
-    pipe = getattr(diffusers, family).from_pretrained(folder, dtype=dtype, **models)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+
+def load_network(folder, library, class_name, dtype):
+    """A network, tensor by tensor: the libraries only warn of a missing one, and draw it at random. ValueError then."""
+    import diffusers
+    import transformers
+    network_class = getattr(diffusers if library == "diffusers" else transformers, class_name)
+    network, info = network_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    missing = [key for key in sorted(info["missing_keys"]) if "num_batches_tracked" not in key]
+    if missing:
+        raise ValueError(f"{folder.name}/ lacks {missing[0]} ({len(missing)} missing in all)")
+    check_finite(network.state_dict(), f"{folder.name}/")
+    return network
 
 
 def find_folder(path):
