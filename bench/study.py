@@ -200,7 +200,7 @@ def start(job, running, threads, told):
 
 
 def last_line(log, since):
-    """Why a script ended, as it says itself; else the last it said. Earlier starts have said the bytes before `since`."""
+    """Why a script ended, by its own words; else the last it said. Earlier starts said the bytes before `since`."""
     lines = log.read_bytes()[since:].decode(errors="replace").replace("\r", "\n").splitlines()
     lines = [line.strip() for line in lines if line.strip()]
     named = [line for line in lines if line.startswith(("train.py: ", "eval.py: "))]

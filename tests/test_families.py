@@ -132,7 +132,7 @@ def test_velocity_depends_on_every_input(family):
 
 @FAMILIES
 def test_text_is_encoded_once_for_what_it_depends_on(family):
-    """Catches: Qwen's features shared by trajectories whose pictures differ, or encoded again for equal rows."""
+    """Catches: Qwen's features shared by trajectories whose pictures differ, or a text encoded again for equal rows."""
     editor, prompts = tiny_editor(family, PIPES[family]()), []
     encode = editor.pipe.encode_prompt
     editor.pipe.encode_prompt = lambda prompt, *rest, **more: prompts.append(prompt) or encode(prompt, *rest, **more)
@@ -142,7 +142,8 @@ def test_text_is_encoded_once_for_what_it_depends_on(family):
     assert index.tolist() == ([0, 0, 1, 2] if sees else [0, 0, 0, 1])
     assert all(len(value) == 2 + sees and value.device.type == "cpu" for value in cond.values())
     told = sum(([p] if isinstance(p, str) else p for p in prompts), [])
-    expected = [TEXTS[0]] * (1 + sees) + [TEXTS[1]] + [editor.negative] * editor.guided * (2 + sees)
+    negatives = [editor.negative] * editor.guided * (2 + sees if sees else 1)
+    expected = [TEXTS[0]] * (1 + sees) + [TEXTS[1]] + negatives
     assert sorted(told) == sorted(expected)
     if sees:
         assert (cond["text"][0] - cond["text"][1]).abs().max() > 1e-4
