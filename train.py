@@ -782,10 +782,13 @@ def load_tasks(cfg, rank):
 
 def load_judges(cfg, device, tasks):
     """The judge that is trained on, and the referee that looks on, or None."""
-    asked = dict(rubric=cfg.rubric, reasoning=cfg.reasoning, votes=cfg.votes, workers=cfg.judge_workers,
-                 bf16=cfg.bf16)
-    scoring = "trajectory" if cfg.aggregate == "whole" else "turn"
-    judge = reward.load(cfg.judge, device, scoring=scoring, **({} if cfg.judge == "exact" else asked))
+    def load(spec, **more):
+        if spec != "exact":                                  # which cannot be asked in other ways
+            more |= dict(rubric=cfg.rubric, reasoning=cfg.reasoning, votes=cfg.votes, workers=cfg.judge_workers,
+                         bf16=cfg.bf16)
+        return reward.load(spec, device, **more)
+
+    judge = load(cfg.judge, scoring="trajectory" if cfg.aggregate == "whole" else "turn")
     judge.check(tasks)
     name = cfg.referee
     if not name:
@@ -793,7 +796,7 @@ def load_judges(cfg, device, tasks):
     if name == "none":
         return judge, None
     try:
-        referee = reward.load(name, device) if name == "exact" else reward.load(name, device, **asked)
+        referee = load(name)
         referee.check(tasks)
     except ValueError as error:
         raise ValueError(f"--referee {name}: {error}") from None
