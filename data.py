@@ -24,6 +24,11 @@ from PIL import Image, ImageOps
 
 from rollout import Task
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None              # Windows
+
 VAL_TASKS = 16         # of a file, the last so many (at most a fifth, at least one) are kept for validation
 SHAPES_TASKS = 4096    # of the embedded world, which has no end
 MULTIPLE = 16          # of every supported editor: 8 pixels of its VAE, 2 x 2 patches
@@ -312,6 +317,20 @@ def check_folder(out):
     place = next(place for place in (Path(out), *Path(out).absolute().parents) if place.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(f"--out {out}: {place} is no folder that can be written to")
+
+
+def claim(out, held):
+    """Keep a folder to this process until the ExitStack `held` is closed. ValueError if another process has it."""
+    if fcntl is None:
+        return
+    folder = os.open(out, os.O_RDONLY)
+    held.callback(os.close, folder)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out {out}: another process writes there") from None
+    except OSError:
+        pass                                                 # a file system without locks
 
 
 def read_json(path):

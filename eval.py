@@ -26,6 +26,7 @@ import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -809,7 +810,7 @@ def load_arm(settings, arm, sizes, device):
     if arm != "base":
         model.load_weights(editor, settings.lora[arm])
     for size in sizes:
-        editor.latent_shape(size)
+        editor.times(settings.denoise, size)                 # refuses a size that is no multiple, and too few steps
     return editor
 
 
@@ -836,6 +837,18 @@ def main(argv=None):
                             votes=settings.votes)
         judge.check(tasks)
 
+    with ExitStack() as held:                                # process 0's claim on --out
+        arms = make_arms(settings, tasks, judge, before | of_tasks, rank, device, held)
+        if rank == 0 and judge:
+            report(settings, arms, tasks, judge)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def make_arms(settings, tasks, judge, of_tasks, rank, device, held):
+    """Every arm's pictures and scores, as far as they are not there -> {arm: Scores}, "base" first."""
+    out = Path(settings.out)
     # LoRAs before the base, so that one that does not fit is refused at once: until then nothing is written.
     arms = dict.fromkeys(["base", *settings.lora])
     for number, arm in enumerate([*settings.lora, "base"]):
@@ -844,27 +857,28 @@ def main(argv=None):
         if not complete:
             editor = load_arm(settings, arm, {task.size for task in tasks}, device)
         if rank == 0 and number == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            data.claim(out, held)
             # once more, since a hub id is known by its content only now that it is here
-            record = {"settings": asdict(settings), "made_of": before | of_tasks | made_of(settings)}
+            record = {"settings": asdict(settings), "made_of": of_tasks | made_of(settings)}
             if judge:
                 record["judge"] = {"fingerprint": judge.fingerprint, "names": judge.names}
-            model.write_text(file, json.dumps(record, indent=1))
+            model.write_text(out / "settings.json", json.dumps(record, indent=1))
         arms[arm] = evaluate(editor, judge, tasks, settings.turns, settings.denoise, settings.seeds, settings.batch,
                              settings.probes, folder, desc=arm)
         del editor                                           # the next one may need its room
+    return arms
 
-    # The report, by process 0.
-    if rank == 0 and judge:
-        from bench.report import setting_line, write_report
-        result = conclude(settings, arms, tasks)
-        write_report(out, result, arms, tasks)
-        print(f"{setting_line(result)}\n{table(result)}")
-        print(f"written: {out / 'report.html'}, results.json, tables.md, figures/, sheets/")
-        if judge.last_failure:
-            print(f"the judge failed at times, at last: {judge.last_failure}")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+
+def report(settings, arms, tasks, judge):
+    """Write the report of an evaluation, and print its table."""
+    from bench.report import setting_line, write_report
+    out, result = Path(settings.out), conclude(settings, arms, tasks)
+    write_report(out, result, arms, tasks)
+    print(f"{setting_line(result)}\n{table(result)}")
+    print(f"written: {out / 'report.html'}, results.json, tables.md, figures/, sheets/")
+    if judge.last_failure:
+        print(f"the judge failed at times, at last: {judge.last_failure}")
 
 
 if __name__ == "__main__":

@@ -31,11 +31,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:
-    fcntl = None              # Windows
-
 import data
 import eval as evaluation
 import model
@@ -623,20 +618,6 @@ def same_as_before(before, now, out):
         raise ValueError(f"--resume: the run in {out} was started with another config: {', '.join(changed)}")
 
 
-def claim(out, held):
-    """Keep a folder to this process until the ExitStack `held` is closed. ValueError if another process has it."""
-    if fcntl is None:
-        return
-    folder = os.open(out, os.O_RDONLY)
-    held.callback(os.close, folder)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"--out {out}: another process trains there") from None
-    except OSError:
-        pass                                                 # a file system without locks
-
-
 def check_alike(editor, done, cfg, share, device):
     """ValueError where the processes have not read the same checkpoint: nodes that do not see the same folder."""
     bits = sum(p.detach().cpu().contiguous().view(torch.int32).sum().item() for p in editor.trained.values())
@@ -883,7 +864,7 @@ def prepare(cfg):
         if rank == 0:
             announce(cfg, share, editor, tasks_by_size)
             out.mkdir(parents=True, exist_ok=True)
-            claim(out, held)
+            data.claim(out, held)
             check_out(cfg)                                   # another run may have begun there meanwhile
             done = open_run(cfg, judge, editor, optimizer)
         if world > 1:

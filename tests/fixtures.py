@@ -5,6 +5,7 @@ import io
 import os
 import runpy
 import socket
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -268,3 +269,14 @@ def refused(name, *argv):
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "Loading" not in line]
     assert code == 2 and len(lines) == 1 and lines[0].startswith(f"{Path(name).name}: "), (code, out, err)
     return lines[0]
+
+
+@contextlib.contextmanager
+def held_by_another(folder):
+    """A folder that another process keeps to itself."""
+    child = "import sys; sys.path.insert(0, sys.argv[1])\nfrom contextlib import ExitStack\nimport data\n" \
+            "with ExitStack() as held:\n    data.claim(sys.argv[2], held); print('has it', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", child, str(ROOT), str(folder)], text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, env=child_environment()) as other:
+        assert other.stdout.readline() == "has it\n"
+        yield

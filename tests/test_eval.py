@@ -22,8 +22,8 @@ import model
 import reward
 import train
 from bench import report
-from fixtures import (ROOT, Judge, child_environment, editor_folder, make_tasks, move, new_editor, record_disk, refused,
-                      run_script)
+from fixtures import (ROOT, Judge, child_environment, editor_folder, held_by_another, make_tasks, move, new_editor,
+                      record_disk, refused, run_script)
 from rollout import Task
 from shapes import world
 
@@ -896,6 +896,15 @@ def test_what_contradicts_the_folder_is_refused(faulty, change, expected):
     with pytest.raises(ValueError, match=expected):
         faulty((.7, .3), (.9, .9), "--tasks 3 --probes 0 " + (change if change[0] == "-" else ""))
     assert pictures(faulty.out) == before and not (faulty.out / "results.json").exists() and len(faulty.loads) == loads
+
+
+def test_two_processes_do_not_evaluate_in_one_folder(faulty):
+    """Catches: pictures of two evaluations that were begun at once, and their scores, line by line in one file."""
+    faulty((.7, .3), (.9, .9), "--tasks 2 --probes 0 --judge none")
+    with held_by_another(faulty.out), pytest.raises(ValueError, match=f"--out {faulty.out}: another process writes there"):
+        faulty((.7, .3), (.9, .9), "--tasks 3 --probes 0")
+    assert not any(faulty.out.glob("arms/*/scores.jsonl")) and not any(faulty.out.glob("arms/*/own/2_*"))
+    faulty((.7, .3), (.9, .9), "--tasks 3 --probes 0")                                     # the other one has ended
 
 
 def test_what_is_evaluated_is_known_by_content(faulty, monkeypatch, tmp_path):

@@ -110,7 +110,7 @@ def test_a_study_of_some_arms_compares_those():
 def test_an_arm_that_fails_says_which_and_why(tmp_path, monkeypatch, capsys):
     """Catches: a failure that the next arm's output hides, or an older one of the same log; other arms that go on for
     hours without anybody."""
-    (tmp_path / "bad.log").write_text("train.py: another process trains there\n")
+    (tmp_path / "bad.log").write_text("train.py: another process writes there\n")
     monkeypatch.setattr(study, "ROOT", tmp_path)
     (tmp_path / "train.py").write_text(
         "import sys, time\nprint('\\rsomething')\n"

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 import model
 import reward
 import train
-from fixtures import (ROOT, Judge, child_environment, editor_folder, make_tasks, move, new_editor, record_disk, refused,
-                      run_script, tiny_editor)
+from fixtures import (ROOT, Judge, child_environment, editor_folder, held_by_another, make_tasks, move, new_editor,
+                      record_disk, refused, run_script, tiny_editor)
 from grpo import grpo_loss, sde_step
 from nft import nft_loss, noised
 from rollout import rollout, select
@@ -802,13 +802,8 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, judge):
     """Catches: two runs that began at once, or a --resume while the first still runs: lines and checkpoints mixed."""
     train.main(config(tmp_path, steps=1))
     before = (tmp_path / "config.json").read_bytes()
-    child = "import sys; sys.path.insert(0, sys.argv[1])\nfrom contextlib import ExitStack\nimport train\n" \
-            "with ExitStack() as held:\n    train.claim(sys.argv[2], held); print('has it', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", child, str(ROOT), str(tmp_path)], text=True, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, env=child_environment()) as other:
-        assert other.stdout.readline() == "has it\n"
-        with pytest.raises(ValueError, match=f"--out {tmp_path}: another process trains there"):
-            train.main(config(tmp_path, steps=2, resume=True))
+    with held_by_another(tmp_path), pytest.raises(ValueError, match=f"--out {tmp_path}: another process writes there"):
+        train.main(config(tmp_path, steps=2, resume=True))
     assert len(metrics(tmp_path)) == 1
     train.main(config(tmp_path, steps=2, resume=True))                                     # the other one has ended
     assert len(metrics(tmp_path)) == 2
