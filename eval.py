@@ -469,16 +469,19 @@ def metrics(parts, w):
     return found
 
 
+def resample(n, samples, generator):
+    """How often each of n is in a resample: (samples, n) float64, rows sum to n."""
+    rows = torch.randint(n, (samples, n), generator=generator)
+    weights = torch.zeros(samples, n, dtype=torch.float64)
+    return weights.scatter_add_(1, rows, torch.ones_like(weights))
+
+
 def bootstrap(parts, samples):
     """The metrics of `samples` resamples of the tasks, {name: (samples, X)}; the same resamples for every arm."""
     n, generator = len(parts["M"][0]), torch.Generator().manual_seed(0)
     draws = defaultdict(list)
     for some in torch.arange(samples).split(max(1, 2_000_000 // n)):
-        # w: how often each task is in a resample
-        rows = torch.randint(n, (len(some), n), generator=generator)
-        w = torch.zeros(rows.shape, dtype=torch.float64)
-        w.scatter_add_(1, rows, torch.ones_like(w))
-        for name, v in metrics(parts, w).items():
+        for name, v in metrics(parts, resample(n, len(some), generator)).items():
             draws[name].append(v)
     return {name: torch.cat(v) for name, v in draws.items()}
 

@@ -81,13 +81,6 @@ def read(folder):
 
 # ------------------------------------------------------------------------------------------------------------ bootstrap
 
-def resample(n, samples, generator):
-    """How often each of n is in a resample: (samples, n) float64, rows sum to n."""
-    rows = torch.randint(n, (samples, n), generator=generator)
-    weights = torch.zeros(samples, n, dtype=torch.float64)
-    return weights.scatter_add_(1, rows, torch.ones_like(weights))
-
-
 def estimate(evidence, samples=SAMPLES):
     """Metrics of every arm, means over its seeds: {arm: {metric: (1 + samples, X)}}, and {"ARM-SEED": {metric: (X,)}}.
 
@@ -96,8 +89,8 @@ def estimate(evidence, samples=SAMPLES):
     study, seeds = evidence.study, evidence.study["seeds"]
     generator = torch.Generator().manual_seed(0)
     n = len(evidence.parts["base"]["M"][0])
-    of_tasks = torch.cat([torch.ones(1, n, dtype=torch.float64), resample(n, samples, generator)])
-    of_seeds = resample(len(seeds), samples, generator) / len(seeds)
+    of_tasks = torch.cat([torch.ones(1, n, dtype=torch.float64), evaluation.resample(n, samples, generator)])
+    of_seeds = evaluation.resample(len(seeds), samples, generator) / len(seeds)
     of_seeds = torch.cat([torch.full((1, len(seeds)), 1 / len(seeds), dtype=torch.float64), of_seeds])
 
     arms, runs = {"base": evaluation.metrics(evidence.parts["base"], of_tasks)}, {}
