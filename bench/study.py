@@ -33,7 +33,7 @@ import reward
 import train
 from bench import study_report
 from bench.gradients import first_gradients, own_cosines
-from bench.study_report import SCORES, STUDY, pack
+from bench.study_report import MEASURED, SCORES, STUDY, pack
 
 STEPS = 40                   # of an arm that does not name its own
 TURNS = 5                    # of the test dialogues
@@ -358,7 +358,7 @@ def gather(name, study, configs, tasks, commits, cosines):
     for run, lora in {"base": "base", **loras}.items():
         found = evaluation.evaluate(None, judge, tasks, settings.turns, settings.denoise, settings.seeds,
                                     settings.batch, settings.probes, folder / "arms" / lora, progress=False)
-        scores[run] = per_task(found, tasks)
+        scores[run] = per_task(found)
     model.write_text(results / SCORES, json.dumps(scores, separators=(",", ":")))
 
     seeds, steps = sorted({seed for _, seed in configs}), max(cfg.steps for cfg in configs.values())
@@ -380,15 +380,11 @@ def thin(line):
     return json.dumps(row)
 
 
-def per_task(scores, tasks):
-    """What the metrics of an arm are made of, task by task: {name of a moment: as `pack` packs it}."""
-    K = scores.success.shape[2]
-    found = {}
-    # Without kinds of edit: those means take most of the room, and no study turns on them.
-    for name, (total, count) in evaluation.moments(scores, [[""] * K] * len(tasks)).items():
-        if name not in ("copied", "drift", "nothing"):
-            found[name] = pack(total / count)
-    return found
+def per_task(scores):
+    """What an arm did on each test task with one noise seed: {what: a text or numbers a turn, as `pack` makes them}."""
+    values = {"success": scores.success, "consistency": scores.consistency.mean(3)}
+    values |= {name: value for name, value in scores.measured.items() if name in MEASURED}
+    return {name: pack(value[0].double()) for name, value in values.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- the command

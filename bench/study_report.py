@@ -17,6 +17,7 @@ from bench.report import COLORS
 from eval import significant
 
 STUDY, SCORES = "study.json", "scores.json"
+MEASURED = ("possible", "clean", "kept_clean")               # kept beside success and consistency, of eval.Scores
 SAMPLES = 2_000              # resamples of seeds and tasks
 LAST = 5                     # training steps over which a reward is averaged
 # The columns of the tables: (title, metric of eval.py, its turn; -1 = the mean of turns 2 to K).
@@ -67,11 +68,12 @@ def read(folder):
         raise ValueError(f"results/{folder.name} holds no {STUDY}: run the study first")
     study = data.read_json(folder / STUDY)
     parts, curves = {}, {}
-    for run, scores in data.read_json(folder / SCORES).items():
-        parts[run] = {}
-        for name, columns in scores.items():
-            values = unpack(columns)
-            parts[run][name] = values.nan_to_num(0), (~values.isnan()).double()
+    for run, columns in data.read_json(folder / SCORES).items():
+        values = {name: unpack(of_turns)[None] for name, of_turns in columns.items()}           # one noise seed
+        success, consistency = values.pop("success"), values.pop("consistency")[..., None]
+        # Without kinds of edit: no study turns on them.
+        no_kinds = [[""] * success.shape[2]] * success.shape[1]
+        parts[run] = evaluation.moments(evaluation.Scores(success, consistency, values), no_kinds)
     for run in parts:
         if run != "base":
             lines = (folder / run / "metrics.jsonl").read_text().splitlines()
