@@ -308,7 +308,7 @@ def paint_turns(axes, study, arms):
     axes.set(title="overall O on own outputs", xlabel="turn", xticks=range(1, 1 + study["turns"]))
     for j, (arm, metrics) in enumerate(arms.items()):
         values = metrics["O"][0].tolist()
-        axes.plot(range(1, 1 + len(values)), values, marker="o", ms=4, color=COLORS[j % 10],
+        axes.plot(range(1, 1 + len(values)), values, marker="o", ms=4, color=COLORS[j % len(COLORS)],
                   ls="-" if j < 10 else "--", label=arm)
 
 
@@ -318,13 +318,13 @@ def paint_differences(axes, compared, arms, columns):
     axes.axvline(0, color="#888888", lw=.8)
     for j, (title, name, turn) in enumerate(columns):
         shift = .7 * ((j + .5) / len(columns) - .5)
-        axes.plot([], [], color=COLORS[j % 10], marker="o", ms=4, label=title)
+        axes.plot([], [], color=COLORS[j % len(COLORS)], marker="o", ms=4, label=title)
         for row, (arm, first) in enumerate(compared):
             draws = at(arms[arm][name], turn) - at(arms[first][name], turn)
             bounds = interval(draws[1:])
-            axes.plot(draws[0], row + shift, color=COLORS[j % 10], marker="o", ms=4)
+            axes.plot(draws[0], row + shift, color=COLORS[j % len(COLORS)], marker="o", ms=4)
             if bounds:
-                axes.plot(bounds, [row + shift] * 2, color=COLORS[j % 10], lw=1.2)
+                axes.plot(bounds, [row + shift] * 2, color=COLORS[j % len(COLORS)], lw=1.2)
     axes.invert_yaxis()
 
 
