@@ -338,12 +338,12 @@ def paint_training(axes, study, curves):
         x = [step + 1 for step in steps]
         if clock:
             x = np.mean([spent(rows, clock)[:len(steps)] for rows in of_arm], 0)
-        axes.plot([], [], color=COLORS[(j + 1) % 10], label=arm)
+        axes.plot([], [], color=COLORS[(j + 1) % len(COLORS)], label=arm)
         for column, style in (("referee/following", "-"), ("reward/following", ":")):
             y = [mean_of([rows[i].get(column) for rows in of_arm]) for i in steps]
             if any(value is not None for value in y):
                 y = [np.nan if value is None else value for value in y]
-                axes.plot(x, y, color=COLORS[(j + 1) % 10], ls=style, lw=1.2)
+                axes.plot(x, y, color=COLORS[(j + 1) % len(COLORS)], ls=style, lw=1.2)
 
 
 def write_report(folder):
