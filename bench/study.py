@@ -377,7 +377,7 @@ def thin(line):
     for column, value in json.loads(line).items():
         if column.startswith(KEPT) and "_turn" not in column:
             row[column] = float(f"{value:.4g}") if isinstance(value, float) else value
-    return json.dumps(row)
+    return json.dumps(row, separators=(",", ":"))
 
 
 def per_task(scores):
