@@ -849,7 +849,7 @@ def main(argv=None):
         dist.destroy_process_group()
 
 
-def make_arms(settings, tasks, judge, of_tasks, rank, device, held):
+def make_arms(settings, tasks, judge, made_before, rank, device, held):
     """Every arm's pictures and scores, as far as they are not there -> {arm: Scores}, "base" first."""
     out = Path(settings.out)
     # LoRAs before the base, so that one that does not fit is refused at once: until then nothing is written.
@@ -863,7 +863,7 @@ def make_arms(settings, tasks, judge, of_tasks, rank, device, held):
             out.mkdir(parents=True, exist_ok=True)
             data.claim(out, held)
             # once more, since a hub id is known by its content only now that it is here
-            record = {"settings": asdict(settings), "made_of": of_tasks | made_of(settings)}
+            record = {"settings": asdict(settings), "made_of": made_before | made_of(settings)}
             if judge:
                 record["judge"] = {"fingerprint": judge.fingerprint, "names": judge.names}
             model.write_text(out / "settings.json", json.dumps(record, indent=1))

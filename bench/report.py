@@ -299,15 +299,20 @@ def numbers(values, metric, scale):
     return middle, np.maximum([middle - low, high - middle], 0)
 
 
+def color(j):
+    """Of the j-th arm or metric; they come round again."""
+    return COLORS[j % len(COLORS)]
+
+
 def paint_lines(axes, arms, metrics, scale):
     """Metrics {name: words} over the turns, the first one solid; arms side by side where they would overlap."""
     styles = [{"marker": "o", "lw": 1.8}, {"marker": "o", "lw": 1.2, "ls": "--", "mfc": "white"}]
     for j, (arm, values) in enumerate(arms.items()):
-        axes.plot([], [], color=COLORS[j % len(COLORS)], lw=4, label=arm)
+        axes.plot([], [], color=color(j), lw=4, label=arm)
         for metric, style in zip(metrics, styles):
             middle, reach = numbers(values, metric, scale)
             x = 1 + np.arange(len(middle)) + .06 * (j - (len(arms) - 1) / 2)
-            axes.errorbar(x, middle, reach, color=COLORS[j % len(COLORS)], capsize=2.5, ms=5, **style)
+            axes.errorbar(x, middle, reach, color=color(j), capsize=2.5, ms=5, **style)
     for words, style in zip(metrics.values(), styles):
         axes.plot([], [], color="black", ms=5, label=words, **style)
     axes.set_xticks(range(1, 1 + len(middle)))
@@ -324,7 +329,7 @@ def paint_bars(axes, arms, groups):
             height.append(middle[place])
             reach.append(around[:, place])
         x = np.arange(len(groups)) - .4 + (j + .5) * width
-        axes.bar(x, height, .9 * width, color=COLORS[j % len(COLORS)], label=arm)
+        axes.bar(x, height, .9 * width, color=color(j), label=arm)
         axes.errorbar(x, height, np.array(reach).T, fmt="none", color="#222222", capsize=2.5, lw=1.1)
     axes.axhline(0, color="#888888", lw=.8)
     axes.set_xticks(range(len(groups)), [label for label, _, _ in groups])
@@ -381,10 +386,10 @@ def paint_plane(axes, arms):
     """IF against CC, from turn 1 to K, over lines of equal O."""
     for j, (arm, values) in enumerate(arms.items()):
         IF, CC = numbers(values, "IF", 100)[0], numbers(values, "CC", 100)[0]
-        axes.plot(IF, CC, "o-", color=COLORS[j % len(COLORS)], lw=1.8, ms=6, label=arm)
+        axes.plot(IF, CC, "o-", color=color(j), lw=1.8, ms=6, label=arm)
         for k, point in enumerate(zip(IF, CC)):
             if np.isfinite(point).all():
-                axes.annotate(str(k + 1), point, (5, -11), textcoords="offset points", color=COLORS[j % len(COLORS)])
+                axes.annotate(str(k + 1), point, (5, -11), textcoords="offset points", color=color(j))
     left, right = np.clip(axes.get_xlim(), 0, 100)
     bottom, top = np.clip(axes.get_ylim(), 0, 100.5)
     x = np.linspace(max(left, .1), max(right, left + 1), 500)

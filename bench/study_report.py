@@ -15,7 +15,7 @@ from PIL import Image
 import data
 import eval as evaluation
 import model
-from bench.report import COLORS
+from bench.report import color
 from eval import significant
 
 STUDY, SCORES = "study.json", "scores.json"
@@ -308,7 +308,7 @@ def paint_turns(axes, study, arms):
     axes.set(title="overall O on own outputs", xlabel="turn", xticks=range(1, 1 + study["turns"]))
     for j, (arm, metrics) in enumerate(arms.items()):
         values = metrics["O"][0].tolist()
-        axes.plot(range(1, 1 + len(values)), values, marker="o", ms=4, color=COLORS[j % len(COLORS)],
+        axes.plot(range(1, 1 + len(values)), values, marker="o", ms=4, color=color(j),
                   ls="-" if j < 10 else "--", label=arm)
 
 
@@ -318,13 +318,13 @@ def paint_differences(axes, compared, arms, columns):
     axes.axvline(0, color="#888888", lw=.8)
     for j, (title, name, turn) in enumerate(columns):
         shift = .7 * ((j + .5) / len(columns) - .5)
-        axes.plot([], [], color=COLORS[j % len(COLORS)], marker="o", ms=4, label=title)
+        axes.plot([], [], color=color(j), marker="o", ms=4, label=title)
         for row, (arm, first) in enumerate(compared):
             draws = at(arms[arm][name], turn) - at(arms[first][name], turn)
             bounds = interval(draws[1:])
-            axes.plot(draws[0], row + shift, color=COLORS[j % len(COLORS)], marker="o", ms=4)
+            axes.plot(draws[0], row + shift, color=color(j), marker="o", ms=4)
             if bounds:
-                axes.plot(bounds, [row + shift] * 2, color=COLORS[j % len(COLORS)], lw=1.2)
+                axes.plot(bounds, [row + shift] * 2, color=color(j), lw=1.2)
     axes.invert_yaxis()
 
 
@@ -338,12 +338,12 @@ def paint_training(axes, study, curves):
         x = [step + 1 for step in steps]
         if clock:
             x = np.mean([spent(rows, clock)[:len(steps)] for rows in of_arm], 0)
-        axes.plot([], [], color=COLORS[(j + 1) % len(COLORS)], label=arm)
+        axes.plot([], [], color=color(j + 1), label=arm)
         for column, style in (("referee/following", "-"), ("reward/following", ":")):
             y = [mean_of([rows[i].get(column) for rows in of_arm]) for i in steps]
             if any(value is not None for value in y):
                 y = [np.nan if value is None else value for value in y]
-                axes.plot(x, y, color=COLORS[(j + 1) % len(COLORS)], ls=style, lw=1.2)
+                axes.plot(x, y, color=color(j + 1), ls=style, lw=1.2)
 
 
 def write_report(folder):
