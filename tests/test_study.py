@@ -54,8 +54,8 @@ def lines_of(file):
 
 def test_every_arm_is_possible_and_has_as_many_edits_and_updates_as_the_others():
     """Catches: a flag that train.py has no more, or refuses; an arm that gets more to learn from than another."""
-    assert set(study.STUDIES) == {"turns", "longer", "planning", "credit", "aggregate", "fusion", "reasoning",
-                                  "algorithms"}
+    assert set(study.STUDIES) == {"turns", "longer", "planning", "credit", "credit-longer", "aggregate", "fusion",
+                                  "reasoning", "algorithms"}
     for name, one in study.STUDIES.items():
         edits, samples = set(), set()
         for arm, words in one.arms.items():
@@ -64,11 +64,11 @@ def test_every_arm_is_possible_and_has_as_many_edits_and_updates_as_the_others()
             train.divide(cfg, 0, 1)
             edits.add((cfg.turns == 5, cfg.tasks * cfg.group * cfg.turns))
             samples.add((cfg.algo, cfg.updates, cfg.steps, cfg.lr, cfg.min_std))
-            steps = {"longer": 80, "planning": 400}.get(name, study.STEPS)
+            steps = {"longer": 80, "planning": 400, "credit-longer": 400}.get(name, study.STEPS)
             assert cfg.val_tasks == 0 and cfg.seed == 1 and cfg.steps == steps
         # 72 tasks' worth; five turns come nearest to it with 75 (NFT) and 70 (GRPO), which their updates divide
         usual = {(False, 72 * 8), (True, 75 * 8), (True, 70 * 8)}
-        assert edits <= ({(False, 24 * 8)} if name == "planning" else usual), name
+        assert edits <= ({(False, 24 * 8)} if steps == 400 else usual), name
         assert len(samples) == len({algo for algo, *_ in samples}), name
         grouped = [arm for group in one.compare or [one.arms] for arm in group]
         assert set(grouped) == set(one.arms)
@@ -94,6 +94,7 @@ def test_studies_share_the_runs_that_they_have_in_common():
               ("algorithms", "nft")]
     assert len({runs[place] for place in common}) == 1
     assert runs["aggregate", "mean"] == runs["credit", "nft-k3-trajectory"]
+    assert runs["credit-longer", "togo"] == runs["planning", "k3"]
     for name, one in study.STUDIES.items():
         assert len({runs[name, arm] for arm in one.arms}) == len(one.arms)
     assert study.run_name("--algo nft", 1) != study.run_name("--algo nft", 0) != study.run_name("--algo grpo", 0)
