@@ -679,7 +679,12 @@ def write_whole(file, writer):
     new = [folder for folder in file.parents if not folder.exists()]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)                        # left by one that was killed
+        temporary.touch()
+        rights = temporary.stat().st_mode                        # what the user's umask gives a new file
         writer(temporary)
+        with suppress(OSError):                                  # safetensors 0.8 writes files for their owner alone
+            temporary.chmod(rights)
         with open(temporary, "r+b") as written:                  # Windows brings only to the disk what it may write
             os.fsync(written.fileno())
         os.replace(temporary, file)

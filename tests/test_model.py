@@ -1,5 +1,6 @@
 """model.py against diffusers itself: the same latents, the same pictures, LoRA files that load and have an effect."""
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -540,6 +541,19 @@ def test_a_file_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monk
     model.write_whole(file, lambda path: path.write_text("whole"))
     assert calls[:2] == [("fsync", f"{file}.tmp"), ("replace", f"{file}.tmp", str(file))]
     assert calls[2:] == [("fsync", str(folder)) for folder in (file.parent, file.parent.parent, tmp_path)]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no umask here")
+@pytest.mark.parametrize("umask, rights", [(0o022, 0o644), (0o007, 0o660)])
+def test_weights_may_be_read_by_whom_the_umask_lets(tmp_path, umask, rights):
+    """Catches: a LoRA in a shared folder that nobody else can load: safetensors 0.8 makes files for their owner alone."""
+    (tmp_path / f"{model.LORA_FILE}.tmp").touch(0o600)            # of a run that was killed
+    before = os.umask(umask)
+    try:
+        model.save_weights(new_editor(4, moved=.1), tmp_path)
+    finally:
+        os.umask(before)
+    assert model.find_weights(tmp_path).stat().st_mode & 0o777 == rights
 
 
 def test_a_transformer_of_another_model_is_refused(tmp_path):
