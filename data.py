@@ -314,7 +314,8 @@ def check_settings(settings, values, where):
 
 def check_folder(out):
     """ValueError if a folder cannot be made or written at a path; nothing is written here."""
-    place = next(place for place in (Path(out), *Path(out).absolute().parents) if place.exists())
+    places = Path(out), *Path(out).absolute().parents
+    place = next(place for place in places if place.exists() or place.is_symlink())    # one to nowhere is in the way
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(f"--out {out}: {place} is no folder that can be written to")
 
@@ -363,6 +364,8 @@ def run_main(main):
     Of several processes the one that fails says why, and torchrun ends the others, which say nothing.
     """
     caught = [signal.SIGINT]
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")    # a terminal without such letters gets their numbers
 
     def interrupt(number, frame):
         leave_if_another_died(number)
@@ -414,6 +417,15 @@ def lost_connection(error):
     """Is it an error of a collective, because another process has ended?"""
     from torch.distributed import DistError
     return isinstance(error, DistError) or "/gloo/" in str(error)
+
+
+def processes():
+    """(rank, number of processes) of this one of torchrun's. ValueError where the environment fits no such run."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={world} in the environment belong to no run of several "
+                         "processes: start those by torchrun, or unset both")
+    return int(rank), int(world)
 
 
 def processes_here():

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import signal
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable
@@ -36,6 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 import data
@@ -50,6 +52,7 @@ GAP = 10               # pixels between the pictures of a contact sheet
 COPIED = 16, .005      # a turn is a copy if under .5 % of its picture's 64 x 64 blocks change by more than 16 of 255
 SHOWN = "M", "IF", "CC", "O", "possible", "M_clean", "wear"       # in the console's table
 JUDGE = ("judge", "rubric", "reasoning", "votes")
+MEETING = timedelta(minutes=10)                                   # for all processes to come, after the first
 
 
 # --------------------------------------------------------------------------------------------------- sample and judge
@@ -728,7 +731,11 @@ def settle(flags):
         depends = {"split": "test", "tasks": 500, "probes": flags.get("tasks", 500), "denoise": 8, "batch": 100}
     else:
         # The file that was trained on, by whatever path: of that only what was held out.
-        same = source == trained_on or Path(source).is_file() and data.file_fingerprint(source) == content
+        known = content and Path(source).is_file()
+        same = data.file_fingerprint(source) == content if known else source == trained_on
+        if source == trained_on and not same and "split" not in flags:
+            raise ValueError(f"--data {source} is not the file that --run was trained on, of which some tasks were "
+                             "held out (it has changed, or lies in another folder): name that one, or --split all")
         depends = {"split": "val" if same else "all", "probes": 100, "denoise": 28, "batch": 4}
     chosen = depends | config | flags
     return Settings(**chosen | {"lora": name_loras(chosen.get("lora", []))})
@@ -790,7 +797,7 @@ def conclude(settings, arms, tasks):
 
 def start_processes(collectives):
     """(rank, number of processes, device) of this process of torchrun: a GPU each, `collectives` nccl or gloo."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = data.processes()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         place, n = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -800,10 +807,28 @@ def start_processes(collectives):
         device = torch.device("cuda", place)
         torch.cuda.set_device(device)                        # before anything collective
     if world > 1:
-        # As long as it takes: rank 0 may judge, or make a table, for longer than the ten minutes of NCCL's default.
-        dist.init_process_group(collectives, timeout=timedelta(days=7),
-                                device_id=device if collectives == "nccl" else None)
+        meet(collectives, device)
     return rank, world, device
+
+
+def meet(collectives, device):
+    """Join the other processes. ValueError if they are not all there after ten minutes.
+
+    From then on they wait for each other as long as it takes: rank 0 may judge for longer than NCCL's default allows.
+    """
+    # torch waits outside Python, where only a signal's own action can end it
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        store, rank, world = next(rendezvous("env://", timeout=MEETING))
+        dist.init_process_group(collectives, store=store, rank=rank, world_size=world, timeout=timedelta(days=7),
+                                device_id=device if collectives == "nccl" else None)
+    except dist.DistStoreError as error:
+        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise ValueError(f"not all of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE) came to {place} within "
+                         f"{MEETING}: {data.one_line(error)}") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def load_arm(settings, arm, sizes, device):

@@ -410,7 +410,8 @@ def load(path, device="cpu", dtype=None, guidance=None, offload=False, shard=Fal
     try:
         pipe = load_pipeline(path, dtype, torch.device(device).type == "cpu")
     except Exception as error:                       # diffusers and transformers raise many kinds, of many lines
-        raise ValueError(f"--model {path} is no editor that can be loaded: {first_line(error)}") from error
+        hint = "" if Path(path).is_dir() else " (no folder here; a hub id needs a network and, for some, HF_TOKEN)"
+        raise ValueError(f"--model {path} is no editor that can be loaded{hint}: {first_line(error)}") from error
     editor = FAMILIES[type(pipe).__name__](pipe, device, guidance, offload, shard=shard)
     without = editor.negative is None and not editor.transformer.config.guidance_embeds
     # Kontext's is train.py's default, which nobody typed
@@ -705,13 +706,12 @@ def write_text(file, text):
 
 
 def sync_folder(folder):
-    """Bring a folder's list of files to the disk. Windows, which opens no folders, does so by itself."""
+    """Bring a folder's list of files to the disk, where that can be asked for: not on Windows, nor on some networks."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
-        try:
+        with suppress(OSError):
             os.fsync(handle)
-        finally:
-            os.close(handle)
+        os.close(handle)
 
 
 def find_weights(path):

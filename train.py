@@ -895,7 +895,7 @@ EFFECT = {
         lambda cfg: cfg.judge != "exact" or cfg.referee not in ("", "none", "exact"))),
     "offload": ("a GPU", lambda cfg: not cfg.offload or torch.cuda.is_available()),
     "shard": ("several processes of torchrun, and a LoRA",
-              lambda cfg: not cfg.shard or int(os.environ.get("WORLD_SIZE", 1)) > 1 and (cfg.lora or cfg.lora_rank)),
+              lambda cfg: not cfg.shard or data.processes()[1] > 1 and (cfg.lora or cfg.lora_rank)),
     "aggregate": ("--spread trajectory", lambda cfg: cfg.aggregate == "mean" or cfg.spread == "trajectory"),
     "shared_noise": ("--algo grpo: with NFT all samples of a group would be equal",
                      lambda cfg: cfg.algo == "grpo" or not cfg.shared_noise),

@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import struct
+import subprocess
 import sys
 import time
 import zlib
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image, ImageFile
 
 import data
+from fixtures import ROOT, child_environment
 from rollout import Task
 
 RESOLUTION = 39     # the pictures below, 48 x 32, are of this area
@@ -367,6 +369,29 @@ def test_sigterm_ends_a_script_in_one_line_too(monkeypatch, capsys):
         data.run_main(lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(9))
     assert (stop.value.code, *capsys.readouterr()) == (143, "", "a.py: interrupted by SIGTERM\n")
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_letters_that_a_terminal_does_not_have_do_not_end_a_script(tmp_path):
+    """Catches: a run of hours that ends with exit code 2, and without its table, for a kind of edit named in Chinese."""
+    script = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import data; data.run_main(lambda: print('\u989c\u8272 1'))"
+    done = subprocess.run([sys.executable, "-c", script], env=child_environment() | {"PYTHONIOENCODING": "ascii"},
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\u989c\\u8272 1\n", "")
+
+
+@pytest.mark.parametrize("rank, world, expected", [
+    (None, None, (0, 1)), ("0", "1", (0, 1)), ("3", "4", (3, 4)), ("1", None, "RANK=1 and WORLD_SIZE=1"),
+    ("4", "4", "RANK=4 and WORLD_SIZE=4"), ("0", "", "WORLD_SIZE= in"), ("a", "2", "RANK=a"), ("0", "0", "WORLD_SIZE=0"),
+    ("-1", "2", "RANK=-1")])
+def test_an_environment_of_another_launcher_is_refused(monkeypatch, rank, world, expected):
+    """Catches: a number of a process that is left from elsewhere: an evaluation whose rank 0, which reports, never is."""
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world)):
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    if isinstance(expected, tuple):
+        assert data.processes() == expected
+    else:
+        with pytest.raises(ValueError, match=f"{expected}.*torchrun"):
+            data.processes()
 
 
 def test_a_fault_of_ours_keeps_its_traceback():

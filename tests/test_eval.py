@@ -1043,6 +1043,24 @@ def test_only_what_was_held_out_of_the_training_file_is_evaluated_whatever_its_p
     assert settle("--run", tmp_path, "--data", other).split == "all"
 
 
+def test_a_training_file_that_has_changed_is_not_taken_for_the_one_that_was_trained_on(tmp_path, monkeypatch):
+    """Catches: lines in another order, or a file of the same name elsewhere: training tasks as held out."""
+    file, other = tmp_path / "tasks.jsonl", tmp_path / "elsewhere" / "tasks.jsonl"
+    other.parent.mkdir()
+    for folder in (tmp_path, other.parent):
+        Image.new("RGB", (64, 64)).save(folder / "a.png")
+    file.write_text('{"image": "a.png", "instructions": ["Make it black"]}\n')
+    cfg = {"model": "m", "data": "tasks.jsonl", "content_of_data": data.file_fingerprint(file)}
+    (tmp_path / "config.json").write_text(json.dumps(cfg))
+    monkeypatch.chdir(tmp_path)
+    assert settle("--run", ".").split == "val"
+    other.write_text('{"image": "a.png", "instructions": ["Make it white"]}\n')
+    monkeypatch.chdir(other.parent)
+    with pytest.raises(ValueError, match="--data tasks.jsonl is not the file that --run was trained on"):
+        settle("--run", "..")
+    assert settle("--run", "..", "--split", "all").split == "all"
+
+
 def test_a_lora_that_is_not_there_is_named_as_it_was_written():
     """Catches: two mistyped folders of one parent refused as two models of one name."""
     assert evaluation.name_loras(["out/grpo", "out/nft"]) == {"grpo": "out/grpo", "nft": "out/nft"}

@@ -3,6 +3,7 @@ import math
 import os
 import re
 import shutil
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -541,6 +542,29 @@ def test_a_file_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monk
     model.write_whole(file, lambda path: path.write_text("whole"))
     assert calls[:2] == [("fsync", f"{file}.tmp"), ("replace", f"{file}.tmp", str(file))]
     assert calls[2:] == [("fsync", str(folder)) for folder in (file.parent, file.parent.parent, tmp_path)]
+
+
+def test_a_folder_that_cannot_be_brought_to_the_disk_is_no_reason_to_stop(tmp_path, monkeypatch):
+    """Catches: a network's file system, on which a folder has no fsync, and so no run could save anything."""
+    fsync = os.fsync
+
+    def only_files(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(22, "Invalid argument")
+        fsync(handle)
+    monkeypatch.setattr(os, "fsync", only_files)
+    model.write_text(tmp_path / "new" / "file", "whole")
+    assert (tmp_path / "new" / "file").read_text() == "whole"
+
+
+def test_a_hub_id_that_cannot_be_reached_is_told_as_one(monkeypatch):
+    """Catches: "no file named model_index.json", and nothing of a network, on a machine without one."""
+    def load_pipeline(*_):                                        # what diffusers says after half a minute
+        raise OSError("nobody/nothing does not appear to have a file named model_index.json.\nmore")
+    monkeypatch.setattr(model, "load_pipeline", load_pipeline)
+    with pytest.raises(ValueError, match="can be loaded .no folder here; a hub id needs a network") as error:
+        model.load("nobody/nothing")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no umask here")

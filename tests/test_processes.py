@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -203,6 +204,33 @@ def test_more_processes_than_gpus_are_refused_in_one_line(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ValueError, match="--nproc_per_node is more than the 1 GPU of this machine"):
         start_processes("nccl")
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM])
+def test_a_process_whose_others_never_come_ends(tmp_path, number):
+    """Catches: an environment left by another launcher, or a node that is down: days of waiting without a word, which
+    neither Ctrl-C nor a scheduler's signal ends."""
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    seconds = 2 if number is None else 600
+    script = write_script(tmp_path, "import datetime, eval as evaluation\n"
+                          f"evaluation.MEETING = datetime.timedelta(seconds={seconds})\n"
+                          "print('here', flush=True)\ndata.run_main(lambda: evaluation.start_processes('gloo'))\n")
+    child = subprocess.Popen([sys.executable, script], cwd=ROOT, env=child_environment() | place, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert child.stdout.readline() == "here\n"
+        if number is not None:
+            time.sleep(2)
+            child.send_signal(number)
+        said = child.communicate(timeout=60)[1]
+    finally:
+        child.kill()
+    if number is None:
+        assert child.returncode == 2
+        assert re.search(f"not all of 2 processes .WORLD_SIZE. came to 127.0.0.1:{place['MASTER_PORT']} within", said)
+        assert "Traceback" not in said
+    else:
+        assert child.returncode == -number
 
 
 def test_two_nodes_train_as_one_process(alone, tmp_path):

@@ -964,7 +964,8 @@ def test_a_config_that_is_none_is_refused_in_one_line(damage, tmp_path, judge):
 def test_an_out_that_cannot_be_used_is_refused_in_one_line(tmp_path):
     """Catches: minutes of loading before a traceback says that --out is a file, or lies in one."""
     (tmp_path / "file").write_text("mine")
-    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+    (tmp_path / "link_to_no_file").symlink_to("nowhere")
+    for out in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "link_to_no_file"):
         assert re.search("--out .*file.* no folder that can be written", refused("train.py", *flags(out)))
     assert (tmp_path / "file").read_text() == "mine"
 
