@@ -105,7 +105,8 @@ STUDIES = {
     "credit-longer": Study(
         "Trained as long as in `planning`: does the broadcast teach to plan, as the turns to go do?",
         ["IF_3", "O_3", "O_5", "CC_3", "possible", "room_3", "M_clean"],
-        {spread: f"--algo nft --tasks 8 {HELD} --spread {spread}" for spread in ("trajectory", "togo", "turn")}),
+        {spread: f"--algo nft --tasks 8 {HELD} --spread {spread}" for spread in ("trajectory", "togo", "turn")},
+        [["trajectory", "togo", "turn"], ["turn", "togo"]]),
     "aggregate": Study(
         "Which score of a trajectory: mean, least, product or last of its turns, or the judge's of the whole?",
         ["IF_3", "O_3", "O_5"],
