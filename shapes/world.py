@@ -382,7 +382,9 @@ def read(pictures):
     # mean squared distance of every cell to every sprite: x^2 - 2 x y + y^2
     x = cut(pictures).reshape(-1, CELL * CELL * 3).astype(np.float32) / 255
     y = SPRITES.reshape(-1, CELL * CELL * 3) / 255
-    distance = (x ** 2).mean(1)[:, None] - 2 / x.shape[1] * x @ y.T + (y ** 2).mean(1)
+    # in float64: a CPU may round a row of x @ y.T by what else is in x, and cells that are alike must stay so
+    product = (x.astype(np.float64) @ y.T.astype(np.float64)).astype(np.float32)
+    distance = (x ** 2).mean(1)[:, None] - 2 / x.shape[1] * product + (y ** 2).mean(1)
     distance = distance.clip(0).reshape(-1, GRID * GRID, len(BACKGROUNDS), len(CONTENTS))
 
     # the background on which the cells fit best, and what fits best on it

@@ -220,6 +220,17 @@ def test_a_picture_of_nothing_scores_nothing(wreck):
     assert success.max() == 0 and following.max() < .3 and consistency.max() < .3
 
 
+def test_a_picture_is_read_alike_whatever_is_read_beside_it():
+    """A place chosen among cells that are alike, or a last digit, by the CPU's rounding: it differs with the batch."""
+    together = world.read(RIGHT[:45]).distance
+    for n in (1, 7):
+        assert np.array_equal(together, np.concatenate([world.read(part).distance for part in split(RIGHT[:45], n)]))
+
+
+def split(pictures, n):
+    return [pictures[i:i + n] for i in range(0, len(pictures), n)]
+
+
 def test_what_a_vae_does_to_pictures_is_forgiven():
     """An error rate of the judge itself over 1 %: it would be taken for the editor's."""
     rng = np.random.default_rng(0)
