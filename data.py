@@ -396,6 +396,17 @@ def run_main(main):
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def handling(handler):
+    """Ctrl-C and SIGTERM go to a handler, or to signal.SIG_DFL, and afterwards where they went before."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
 def last_words(message):
     """A line on stderr, and in torchrun's report, that says why this process ends."""
     message = f"{Path(sys.argv[0]).name}: {message}"

@@ -816,19 +816,15 @@ def meet(collectives, device):
 
     From then on they wait for each other as long as it takes: rank 0 may judge for longer than NCCL's default allows.
     """
-    # torch waits outside Python, where only a signal's own action can end it
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        store, rank, world = next(rendezvous("env://", timeout=MEETING))
-        dist.init_process_group(collectives, store=store, rank=rank, world_size=world, timeout=timedelta(days=7),
-                                device_id=device if collectives == "nccl" else None)
+        with data.handling(signal.SIG_DFL):                  # torch waits outside Python, where no handler of ours runs
+            store, rank, world = next(rendezvous("env://", timeout=MEETING))
+            dist.init_process_group(collectives, store=store, rank=rank, world_size=world, timeout=timedelta(days=7),
+                                    device_id=device if collectives == "nccl" else None)
     except dist.DistStoreError as error:
         place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise ValueError(f"not all of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE) came to {place} within "
                          f"{MEETING}: {data.one_line(error)}") from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def load_arm(settings, arm, sizes, device):

@@ -671,12 +671,8 @@ def interruptible(loud=True):
         name = signal.Signals(number).name
         if loud:
             os.write(2, f"\n{name}: the step is finished and saved first; once more ends the run at once\n".encode())
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with data.handling(note):
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def closing_table(run, cfg):

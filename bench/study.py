@@ -69,6 +69,7 @@ FUSIONS = {"advantage": "", "reward": "--fuse reward", "following": "--reward-we
            "consistency": "--reward-weights 0,1"}
 # What the aggregates aggregate: the paper's broadcast, every turn gets the trajectory's advantage.
 BROADCAST = "--spread trajectory"
+SPREADS = "trajectory", "togo", "turn"
 
 STUDIES = {
     "turns": Study(
@@ -98,15 +99,15 @@ STUDIES = {
         ["IF_3", "O_3", "O_5", "room_3"],
         {f"{algo}-k{K}-{spread}": f"--algo {algo} {words} --spread {spread}"
          for algo, K, words in (("nft", 3, K3), ("nft", 5, K5), ("grpo", 3, K3), ("grpo", 5, K5_GRPO))
-         for spread in ("trajectory", "togo", "turn")},
-        [[f"{algo}-k{K}-{spread}" for spread in ("trajectory", "togo", "turn")]
+         for spread in SPREADS},
+        [[f"{algo}-k{K}-{spread}" for spread in SPREADS]
          for algo in ("nft", "grpo") for K in (3, 5)],
         cosine=True),
     "credit-longer": Study(
         "Trained as long as in `planning`: does the broadcast teach to plan, as the turns to go do?",
         ["IF_3", "O_3", "O_5", "CC_3", "possible", "room_3", "M_clean"],
-        {spread: f"--algo nft --tasks 8 {HELD} --spread {spread}" for spread in ("trajectory", "togo", "turn")},
-        [["trajectory", "togo", "turn"], ["turn", "togo"]]),
+        {spread: f"--algo nft --tasks 8 {HELD} --spread {spread}" for spread in SPREADS},
+        [[*SPREADS], ["turn", "togo"]]),
     "aggregate": Study(
         "Which score of a trajectory: mean, least, product or last of its turns, or the judge's of the whole?",
         ["IF_3", "O_3", "O_5"],
