@@ -219,19 +219,20 @@ def label_cells(scenes, seen, seen_before):
     """What should be in every cell, and whether it is: (n, 2, 2, 9) for following and consistency.
 
     The first of the last but one axis is a content, -1 where nobody can tell; the second is
-    0 = asked and done, 1 = asked, not done, 2 = not asked and kept, 3 = not asked, changed.
+    0 = asked and done, 1 = asked, not done, 2 = not asked and kept (or nobody can tell), 3 = not asked, changed.
     """
     _, original = world.encode_scenes([s[0] for s in scenes])
     old_ground, old = world.encode_scenes([s[-2] for s in scenes])
     new_ground, new = world.encode_scenes([s[-1] for s in scenes])
     ground_asked = old_ground != new_ground
-    ground_right = seen.background == np.where(ground_asked, new_ground, seen_before.background)
+    ground = np.where(ground_asked, new_ground, seen_before.background)
+    ground_right = (seen.background == ground) | (ground < 0)
     asked = (old != new) | ground_asked[:, None]
     labels = []
     # following compares with the picture before; consistency, where no edit has been, with the original
     for kept in (seen_before.contents, np.where(original == old, original, seen_before.contents)):
         should = np.where(old != new, new, kept)
-        right = (seen.contents == should) & ground_right[:, None]
+        right = ((seen.contents == should) | (should < 0)) & ground_right[:, None]
         labels.append(np.stack([should, 2 * ~asked + ~right], 1))
     return np.stack(labels, 1)
 
@@ -268,22 +269,24 @@ def tell_following(scenes, seen, j):
 
 
 def tell_consistency(scenes, seen, seen_before, j):
-    """"changed PLACE PLACE sharp": what changed that the instruction does not speak of; row j of two readings."""
+    """"changed PLACE PLACE sharp": what changed that the instruction does not speak of; row j of two readings.
+
+    Where an earlier edit was, the picture before is what counts; where that cannot be read, nobody can tell.
+    """
     original, before, want = scenes[0], *scenes[-2:]
     grounds, changed = list(world.BACKGROUNDS), []
     for i, place in enumerate(world.PLACES):
         if before.cells[i] == want.cells[i]:
-            target, now = original.cells[i], seen.contents[j, i]
-            if target != before.cells[i]:                   # an earlier edit was here: compare with the picture before
-                content = seen_before.contents[j, i]
-                target = world.CONTENTS[content] if content >= 0 else None
-            if now < 0 or world.CONTENTS[now] != target:
+            target = world.CONTENTS.index(original.cells[i])
+            if original.cells[i] != before.cells[i]:
+                target = seen_before.contents[j, i]
+            if target >= 0 and seen.contents[j, i] != target:
                 changed.append(place)
     if before.background == want.background:
-        target, ground = original.background, seen.background[j]
-        if target != before.background:
-            target = grounds[seen_before.background[j]]
-        if ground < 0 or grounds[ground] != target:
+        target = grounds.index(original.background)
+        if original.background != before.background:
+            target = seen_before.background[j]
+        if target >= 0 and seen.background[j] != target:
             changed.append("background")
     blur = np.median(seen.distance[j].min(1))
     return f"changed {' '.join(changed) or 'nothing'} {sharpness(blur)}"

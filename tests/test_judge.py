@@ -187,6 +187,27 @@ def test_what_it_is_taught_to_say_is_true():
             assert f"{world.PLACES[c]} wanted {new} seen {old} " in lazy.texts["turn"][i][0][0]
 
 
+def test_what_nobody_could_read_is_not_called_changed():
+    """Words and verdicts that contradict the score, in which the exact judge leaves such cells and grounds out."""
+    star, ring = world.Object("star", "red", "metal"), world.Object("ring", "blue", "metal")
+    scenes = [world.Scene("white", (None,) * 9), world.Scene("gray", (star, *(None,) * 8)),
+              world.Scene("gray", (star, ring, *(None,) * 7))]
+    shown = world.read(world.render(scenes))
+    before, after = (world.Reading(*(values[k:k + 1].copy() for values in shown)) for k in (1, 2))
+    assert make_judge.tell_consistency(scenes, after, before, 0) == "changed nothing sharp"
+    before.contents[0, 0] = -1
+    before.background[0] = -1
+    assert make_judge.tell_consistency(scenes, after, before, 0) == "changed nothing sharp"
+    should, verdict = make_judge.label_cells([scenes], after, before)[0].transpose(1, 0, 2)
+    assert (should[:, 0] == -1).all() and (verdict == [2, 0, *[2] * 7]).all()
+
+    # known before and unreadable now, or another ground: that is a change
+    before, after = (world.Reading(*(values[k:k + 1].copy() for values in shown)) for k in (1, 2))
+    after.contents[0, 0] = after.background[0] = -1
+    assert make_judge.tell_consistency(scenes, after, before, 0) == f"changed {world.PLACES[0]} background sharp"
+    assert (make_judge.label_cells([scenes], after, before)[0, :, 1] == [3, 1, *[3] * 7]).all()
+
+
 def test_botched_edits_are_of_every_kind_and_reproducible():
     """Training pictures that are all right, or all wrong, or other ones on the next run."""
     tasks = make_tasks(60, K=3)
