@@ -17,6 +17,7 @@ possible_k = share in which turn k can still be done after what the editor chose
 M_clean_k  = of these, success on a clean picture of the same scene, same noise         lost for want of skill
 wear_k     = success on own outputs - M_clean_k, same dialogues                         lost by exposure bias
 CC_clean and CC_self, M_self: on clean contexts, and on own outputs, of the same dialogues.
+propagation_k = as wear_k, over all turns that can be done, whatever came before: what earlier failures cost, too
 All arms see the same tasks and noise. Intervals: paired bootstrap over tasks, the seeds of a task stay together.
 """
 import json
@@ -384,6 +385,7 @@ def collect(plan, names):
         clean, kept = success("clean"), tables["clean", "consistency"]
         clean[..., 0], kept[..., 0] = own[..., 0], tables["own", "consistency"][..., 0]
         if "operations" in plan[0].task.meta:
+            measured["clean_any"] = clean
             clean, kept = (v.where(right_so_far, math.nan) for v in (clean, kept))
         measured |= {"clean": clean, "kept_clean": kept}
     if "possible" in names:
@@ -432,12 +434,12 @@ def moments(scores, kinds):
         values[f"CC{i}"] = part
     # Wear is a difference of two means over the same turns; consistency on both contexts likewise.
     if "clean" in values:
-        pairs = {"clean": (values["clean"].double(), s),
-                 "kept_clean": (values["kept_clean"].double(), scores.consistency.double().mean(3))}
-        for name, (clean, own) in pairs.items():
+        pairs = {"clean": s, "clean_any": s, "kept_clean": scores.consistency.double().mean(3)}
+        for name in [name for name in pairs if name in values]:
+            clean, own, name_self = values[name].double(), pairs[name], name.replace("clean", "self")
             values[name] = clean.where(~own.isnan(), math.nan)
-            values[name.replace("clean", "self")] = own.where(~clean.isnan(), math.nan)
-        for name in ("clean", "self"):
+            values[name_self] = own.where(~clean.isnan(), math.nan)
+        for name in [name for name in ("clean", "self", "clean_any", "self_any") if name in values]:
             later = values[name][..., 1:]
             values[f"{name}_later"] = later.transpose(1, 2).flatten(0, 1)[..., None]
     # Marginal success of each edit type: turn by turn, and of all turns together.
@@ -467,6 +469,9 @@ def metrics(parts, w):
         found |= {"M_clean": clean, "M_self": own, "wear": own - clean}
         found |= {"CC_clean": found.pop("kept_clean"), "CC_self": found.pop("kept_self")}
         found["wear_pooled"] = found.pop("self_later") - found.pop("clean_later")          # of turns 2 to K
+    if "clean_any" in found:
+        found["propagation"] = found.pop("self_any") - found.pop("clean_any")
+        found["propagation_pooled"] = found.pop("self_any_later") - found.pop("clean_any_later")
     if "possible" in found:
         found["room"] = found["possible"].cumprod(1)                                       # all turns so far
     return found

@@ -31,9 +31,9 @@ COLORS = ["#4c5a6b", "#d1661a", "#1b7a6e", "#7b4fa3", "#b0322b", "#8a7a1d", "#2f
           "#00a0c0", "#e0a800", "#9c6b4e"]
 PROFILES = {
     "exact": "Scored by the exact judge of the embedded world.",
-    "VLM": "Scored by a vision-language model.",
+    "VLM": "Scored by a vision-language model; an edit succeeds if its following is at least .5.",
     "proxy": "Proxy scores (EdiVal's data, our judge): not EdiVal-IF and EdiVal-CC, not comparable with published "
-             "tables.",
+             "tables. An edit succeeds if its following is at least .5.",
     "EdiVal": "EdiVal's own verdicts; CC is the mean of its object and background consistency."}
 NOTES = {
     "main": "Percent. IF: all turns so far succeeded; CC: consistency with the original picture; O = sqrt(IF CC).",
@@ -42,7 +42,7 @@ NOTES = {
     "lost": "Percent, 95 % interval. IF_k = IF_k-1 · possible · (M clean + wear), over the dialogues that were right "
             "so far: possible = the turn can still be done after what the model chose; M clean = it succeeds on a "
             "clean picture of the same scene, from the same noise; wear = success on own outputs - M clean, same "
-            "dialogues.",
+            "dialogues; propagation = the same of all turns that can be done, whatever failed before.",
     "lost of files": "Percent, 95 % interval. M clean: the same instructions on a clean context, where they speak of "
                      "nothing that an earlier one made; wear = success on own outputs - M clean, same dialogues.",
     "verdicts": "Known verdicts for M / IF / CC (EdiVal: object + background) per turn, all seeds; percent of turns "
@@ -162,6 +162,9 @@ def lost_table(arms, turns):
             if K > 1:
                 pooled = with_bounds(values, "wear_pooled", 0)
                 rows.append([arm, f"wear, turns 2 to {K} pooled", *[""] * (K - 1), pooled])
+            if K > 1 and "propagation" in values:
+                pooled = with_bounds(values, "propagation_pooled", 0)
+                rows.append([arm, f"propagation, turns 2 to {K} pooled", *[""] * (K - 1), pooled])
             rows += metric_rows({arm: values}, {"CC_self": "CC, own outputs", "CC_clean": "CC, clean context"})
         if "nothing" in values:
             drift = ["–" if x is None else f"{x:.2f}" for x in values["nothing"]]

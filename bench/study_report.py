@@ -19,18 +19,20 @@ from bench.report import color
 from eval import significant
 
 STUDY, SCORES = "study.json", "scores.json"
-MEASURED = ("possible", "clean", "kept_clean")               # kept beside success and consistency, of eval.Scores
+MEASURED = ("possible", "clean", "clean_any", "kept_clean")  # kept beside success and consistency, of eval.Scores
 SAMPLES = 2_000              # resamples of seeds and tasks
 LAST = 5                     # training steps over which a reward is averaged
 # The columns of the tables: (title, metric of eval.py, its turn; -1 = the mean of turns 2 to K).
 COLUMNS = [("IF_3", "IF", 3), ("O_3", "O", 3), ("O_5", "O", 5), ("CC_3", "CC", 3), ("CC_5", "CC", 5),
            ("flatness", "flatness", 1), ("room_3", "room", 3), ("possible", "possible", -1),
-           ("M_clean", "M_clean", -1), ("wear", "wear", -1)]
-BY_TURN = ["M", "possible", "M_clean", "wear"]
+           ("M_clean", "M_clean", -1), ("wear", "wear", -1), ("propagation", "propagation", -1)]
+BY_TURN = ["M", "possible", "M_clean", "wear", "propagation"]
 NOTE = """Means over the training seeds. Differences have 95 % intervals: paired bootstrap over training seeds and test
 tasks, the same resamples of both in every arm; n.s. = the interval covers 0, or is unknown. Few seeds make the part of
-an interval that is due to them too narrow: look at the seeds one by one. room_3 is the share of dialogues in which all
-of three turns could be done. possible, M_clean and wear in a table without turns are means over turns 2 to K."""
+an interval that is due to them too narrow: look at the seeds one by one. room_3 = possible_1 possible_2 possible_3: the
+share of dialogues whose three turns could all be done if no edit failed for want of skill. M_clean is each arm's own,
+over the dialogues that it got right so far; wear and propagation are success on own outputs minus on clean pictures, in
+these dialogues and in all turns that can be done. Without turns they are means over turns 2 to K."""
 
 
 class Evidence(NamedTuple):

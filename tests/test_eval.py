@@ -108,6 +108,14 @@ def test_wear_compares_the_same_dialogues_and_turns():
     assert values["M_clean"] == pytest.approx([2 / 3, 1, .5]) and values["M_self"] == pytest.approx([2 / 3, 0, 0])
     assert values["wear_pooled"] == pytest.approx([0 - 3 / 4])
     assert values["CC_clean"] == pytest.approx([.9, .8, .7]) and values["CC_self"] == pytest.approx([.9, .7, .45])
+    assert "propagation" not in values
+
+    # after a failure too, where a probe was made
+    clean_any = [[1., 1, 1], [1, 1, 1], [0, 1, 1], [NAN, NAN, 1]]
+    values = measure(s, cc, clean=clean, clean_any=clean_any, kept_clean=kept)
+    assert values["wear"] == pytest.approx([0, -1, -.5])
+    assert values["propagation"] == pytest.approx([0, -2 / 3, -2 / 3]) and values["n"]["clean_any"] == [3, 3, 3]
+    assert values["propagation_pooled"] == pytest.approx([-4 / 6])
 
 
 def test_room_is_what_is_left_of_all_turns_so_far():
@@ -497,8 +505,13 @@ def test_cumulative_success_falls_apart_exactly(rates):
         assert product == pytest.approx(values["IF"][k], abs=1e-12)
         room = math.prod(values["possible"][:k + 1])
         assert values["room"][k] == pytest.approx(room)
-    if rates == (1, 1):
-        assert values["M_clean"] == [1] * 4 and values["wear"] == [0] * 4
+    # after a turn that failed, or could not be done, the clean context is right again
+    after_failure = scores.measured["clean"].isnan() & ~scores.measured["clean_any"].isnan()
+    if rates != (1, 1):
+        fresh = scores.measured["clean_any"][after_failure]
+        assert len(fresh) > 50 and abs(fresh.mean() - rates[0]) < 2.6 * (rates[0] * (1 - rates[0]) / len(fresh)) ** .5
+    else:
+        assert values["M_clean"] == [1] * 4 and values["wear"] == values["propagation"] == [0] * 4
         assert 0 < values["IF"][3] < .7 and values["IF"][3] == pytest.approx(values["room"][3])
 
 
