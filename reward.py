@@ -258,7 +258,7 @@ class LocalJudge(VLMJudge):
     def __init__(self, path, device, bf16, *asking):
         from huggingface_hub import HfApi, try_to_load_from_cache
         from model import find_folder, fingerprint, multiplies_in_bfloat16
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
         super().__init__(*asking)
         self.path, self.device, folder = path, torch.device(device), find_folder(path)
         if not folder.is_dir() and not try_to_load_from_cache(path, "config.json"):
@@ -282,6 +282,9 @@ class LocalJudge(VLMJudge):
         # The library only warns of a tensor that is missing, and draws it at random.
         if info["missing_keys"]:
             raise ValueError(f"its files lack {min(info['missing_keys'])} ({len(info['missing_keys'])} missing in all)")
+        # Answers are the model's own, without the penalties and cut-offs that its files suggest for conversation.
+        tokens = net.generation_config
+        net.generation_config = GenerationConfig(bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id)
         self.model = net.to(self.device).eval()
         # A folder's json, jinja and safetensors files, or the hub's name for what it gave.
         files = [fingerprint(file) for file in sorted(folder.glob("*.[js]*"))]
@@ -367,7 +370,7 @@ class LocalJudge(VLMJudge):
             p = logits.softmax(-1)[:, self.digits].tolist()
             return [expect(*row) for row in zip(p, likeliest)]
         options = dict(max_new_tokens=TOKENS[self.reasoning], pad_token_id=self.tokenizer.pad_token_id)
-        draw = dict(do_sample=True, temperature=VOTE_TEMPERATURE) if self.votes > 1 else dict(do_sample=False)
+        draw = dict(do_sample=True, temperature=VOTE_TEMPERATURE, top_k=0) if self.votes > 1 else dict(do_sample=False)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             ids = self.model.generate(**inputs, **options, **draw)
@@ -428,7 +431,7 @@ class ServedJudge(VLMJudge):
         if self.reasoning == "logits":
             body |= {"logprobs": True, "top_logprobs": 20}
         if self.votes > 1:
-            body |= {"temperature": VOTE_TEMPERATURE, "seed": seed}
+            body |= {"temperature": VOTE_TEMPERATURE, "top_p": 1, "seed": seed}
         status, reply = 0, ""
         try:
             status, reply = self.post(json.dumps(body).encode())

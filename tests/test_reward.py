@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import data
 import model
 import reward
-from fixtures import ROOT, refused, run_script
+from fixtures import ROOT, make_tasks, refused, run_script
 from rollout import Task
 from shapes import world
 
@@ -485,6 +485,23 @@ def test_one_answer_is_the_likeliest(llava, monkeypatch):
     monkeypatch.setattr(judge.model, "generate", lambda input_ids, **given: options.append(given) or input_ids)
     scores(judge)
     assert options[0]["do_sample"] is False and not options[0].get("temperature")
+
+
+def test_answers_are_the_models_own(tmp_path):
+    """Penalties and cut-offs of a model's generation_config.json: a digit of the question is less likely in the answer,
+    votes are all the likeliest one."""
+    shipped, other = ROOT / "shapes/judge", tmp_path / "judge"
+    shutil.copytree(shipped, other)
+    settings = json.loads((other / "generation_config.json").read_text())
+    settings |= {"repetition_penalty": 5., "top_k": 1, "top_p": .1, "temperature": .01, "max_new_tokens": 3}
+    (other / "generation_config.json").write_text(json.dumps(settings))
+    tasks = make_tasks(8)
+    images = torch.stack([torch.from_numpy(np.array(task.picture())).permute(2, 0, 1) for task in tasks])
+    images = torch.stack([images, images.flip(3)], 1)
+    for votes in (1, 4):
+        plain, given = (reward.load(str(path), reasoning="think", votes=votes) for path in (shipped, other))
+        want = plain(tasks, images, 0)
+        assert torch.equal(given(tasks, images, 0), want) and len(want.unique()) > 2 + votes
 
 
 def test_votes_that_fail_are_left_out(llava, monkeypatch, capsys):

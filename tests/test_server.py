@@ -223,7 +223,7 @@ def test_votes_have_seeds_of_their_own():
         want = [sum((d + v) % 10 for v in range(3)) / 27 for d in digits(asked).tolist()]
         assert scores(judge, asked).tolist() == pytest.approx(want)
         assert all(len({seed % 3 for seed in seeds}) == 3 for seeds in votes.values()) and len(votes) == 6
-        assert all(body["temperature"] == .7 for body in server.asked())
+        assert all((body["temperature"], body["top_p"]) == (.7, 1) for body in server.asked())
         assert torch.equal(scores(judge, asked), scores(reward.load(server.spec, reasoning="think", votes=3), asked))
 
 
