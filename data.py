@@ -138,20 +138,32 @@ def alone(task, k, scene=None):
     return Task(task.image, meta=meta, size=task.size, **turn)
 
 
-_USUAL = set("""add make change turn replace remove delete take away move place put swap paint color colour background
+_USUAL = """add make change turn replace remove delete take away move place put swap paint color colour background
     material position count text image picture photo scene with from into onto that this the and for left right above
-    below under over near next behind front side have keep them their its more red blue green yellow black white brown
-    gray grey pink orange purple wooden wood metal plastic glass leather fabric dark light large small""".split())
+    below under over near next behind front side have keep more red blue green yellow black white brown gray grey pink
+    orange purple wooden wood metal plastic glass leather fabric dark light large small"""
+_PRONOUNS = {"it", "its", "they", "them", "their", "he", "him", "his", "she", "her", "one"}
 # after these kinds of edit something has a new name
-_MAKES = ("", "subject_add", "subject_replace", "color_alter", "material_alter")
+_MAKES = ("", "subject_add", "subject_replace", "color_alter", "material_alter", "background_change", "text_change")
+_UNSPACED = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")       # Thai, Lao, Japanese, Chinese
 
 
 def _speaks_of_earlier(task, k):
-    """Cautious, where no list of objects says it: does instruction k share a word with one that made something?"""
+    """Cautious, where no list of objects says it: does instruction k share a word with one that made something?
+
+    So does one with a pronoun, and one in a script that sets no spaces between words.
+    """
     def words(text):
-        return {word.rstrip("s") for word in re.findall(r"\w{3,}", text.lower())} - _USUAL
-    made = [task.instructions[j] for j in range(k) if task.kinds[j] in _MAKES]
-    return any(words(task.instructions[k]) & words(earlier) for earlier in made)
+        return {word.rstrip("s") for word in re.findall(r"\w{3,}", text.lower())}
+    text = task.instructions[k].lower()
+    if k > 0 and (_UNSPACED.search(text) or _PRONOUNS.intersection(re.findall(r"\w+", text))):
+        return True
+    for earlier, kind in zip(task.instructions[:k], task.kinds):
+        # what follows in "Change the background to a beach, keep the dog" is what stays
+        made = earlier.split(",")[0] if kind == "background_change" else earlier
+        if kind in _MAKES and (words(text) & words(made)) - words(_USUAL):
+            return True
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures

@@ -50,7 +50,7 @@ from rollout import Task, rollout
 NOTHING = "Change nothing"
 NOTHING_TASKS = 100    # that are told so at most: drift hardly differs from one to another
 GAP = 10               # pixels between the pictures of a contact sheet
-COPIED = 16, .005      # a turn is a copy if under .5 % of its picture's 64 x 64 blocks change by more than 16 of 255
+COPIED = 16, .005      # a copy: of the 64 x 64 cells of its picture under .5 % change by more than 16 of 255
 SHOWN = "M", "IF", "CC", "O", "possible", "M_clean", "wear"       # in the console's table
 JUDGE = ("judge", "rubric", "reasoning", "votes")
 MEETING = timedelta(minutes=10)                                   # for all processes to come, after the first

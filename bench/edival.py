@@ -354,6 +354,15 @@ def check_pictures(folder, tasks, K):
                 raise ValueError(f"{file} is not the picture of dialogue {index} in --data")
 
 
+def digest_pictures(folder, tasks, K):
+    """Short digest of the pictures of these tasks: nothing else says whether somebody has made them anew."""
+    content = hashlib.sha256()
+    for task in tasks:
+        for k in range(K):
+            content.update(layout(folder, None, 0, "own", task.meta["index"], k).read_bytes())
+    return content.hexdigest()[:8]
+
+
 def score(args):
     """Judge the pictures by a judge of ours, and report: a proxy."""
     rank, _, device = evaluation.start_processes("gloo")
@@ -378,9 +387,11 @@ def score(args):
     # Judge, then report. Pictures of others have no probes.
     arms = {}
     for arm, folder in folders.items():
-        probes = record["probes"] if arm in record["arms"] else 0
+        ours = arm in record["arms"]
+        probes = record["probes"] if ours else 0
+        kept = args.out / "scores" / (arm if ours else f"{arm}-{digest_pictures(folder, tasks, K)}")
         arms[arm] = evaluation.evaluate(None, judge, tasks, K, 0, batch=32, probes=probes, desc=f"score {arm}",
-                                        folder=args.out / "scores" / arm, file_of=functools.partial(layout, folder))
+                                        folder=kept, file_of=functools.partial(layout, folder))
     if rank > 0:
         return
     about = {"profile": "proxy", "data": record["data"], "judge": args.judge}
@@ -388,6 +399,9 @@ def score(args):
         about["note"] = f"consistency by the features of {args.features}"
         for scores in arms.values():
             scores.consistency = consistency_by(features, scores, tasks)
+            # On clean contexts the judge alone has looked, by another measure.
+            if "kept_clean" in scores.measured:
+                scores.measured["kept_clean"] = torch.full_like(scores.measured["kept_clean"], UNKNOWN)
     finish(args.out, about, arms, tasks)
     if judge.last_failure:
         print(f"the judge failed at times: {judge.last_failure}")

@@ -638,7 +638,7 @@ def report(folder, work, n=200, votes=4):
         judge = reward.load(str(folder), reasoning=reasoning, votes=count)
         start = time.process_time()
         draws = single_votes(judge, tasks, images, count)
-        seconds = 1000 * (time.process_time() - start) / draws.size
+        seconds = 1000 * (time.process_time() - start) / draws[0].size
         for column, name in enumerate(REWARDS):
             success, truth = exact[:, 2] > 0, exact[:, column]
             good = success if name == "following" else truth > np.median(truth)

@@ -277,6 +277,23 @@ def test_the_embedded_world_comes_as_tasks_with_scenes():
     assert len(data.load("shapes", "train", 1)) == 4096
 
 
+@pytest.mark.parametrize("earlier, kind, text, dependent", [
+    ("Add a dog on the sofa", "subject_add", "Make it brown", True),
+    ("Add a dog on the sofa", "", "Give him a hat", True),
+    ("Change the background to a beach", "background_change", "Add a crab on the beach", True),
+    ("Change the text to SALE", "text_change", "Make the sale sign red", True),
+    ("Add glasses to the man", "subject_add", "Remove the glass vase", False),      # glass is what many things are of
+    ("添加一顶红帽子", "", "把红帽子变成蓝色", True),
+    ("Add a dog on the sofa", "subject_add", "Change the background to this garden", False),
+    ("Move the cup to the left", "position_change", "Paint the cup red", False),    # there from the start
+    ("Add a red ball", "subject_add", "Remove the red car", False),
+    ("Füge einen Hund hinzu", "", "Male den Hund braun", True)])
+def test_an_instruction_that_speaks_of_an_earlier_edit_has_no_clean_context(earlier, kind, text, dependent):
+    """Catches: "it" asked of a photograph that does not have it; everything dependent, so that nothing is probed."""
+    task = Task(Image.new("RGB", (32, 32)), [earlier, text], [kind, ""], {}, (32, 32))
+    assert (data.alone(task, 1) is None) == dependent and data.alone(task, 0) is not None
+
+
 def test_a_turn_alone_is_asked_of_the_scene_that_there_is():
     """A clean context of the plan, although the editor has put things elsewhere; one that the judge takes for another."""
     import torch
