@@ -1,14 +1,15 @@
 """Rewards of multi-turn trajectories -> advantages. Needs only torch; copy freely.
 
-B tasks, G samples per task (the group), K turns, R rewards. r (B, G, K, R) lies in [0, 1]; NaN = the judge failed.
+B tasks, G samples per task (the group), K turns, R rewards. r (B, G, K, R) lies in [0, 1]; NaN = the judge failed. Q is
+the score that samples of a group are compared by.
 
-    turns:   spread=trajectory   S_r  = aggregate_k r_rk          mean | min | product | last; every turn gets this one
+    turns:   spread=trajectory   Q_r  = aggregate_k r_rk          mean | min | product | last; every turn gets this one
                                                                   (the broadcast of MT-EditFlow)
-             spread=turn         S_rk = r_rk                      a turn is compared by its own reward alone
-             spread=togo         S_rk = mean_{j >= k} r_rj        by what it led to
-    group:   A_r = (S_r - mean_g S_r) / (std_g S_r + 1e-4)        over the G samples of one task, each turn by itself
+             spread=turn         Q_rk = r_rk                      a turn is compared by its own reward alone
+             spread=togo         Q_rk = mean_{j >= k} r_rj        by what it led to
+    group:   A_r = (Q_r - mean_g Q_r) / (std_g Q_r + 1e-4)        over the G samples of one task, each turn by itself
     fuse:    advantage           A = sum_r w_r A_r / max(batch std, .1)      every reward counts by its own scale
-             reward              A = group(sum_r w_r S_r)                    a reward of wide range drowns the others
+             reward              A = group(sum_r w_r Q_r)                    a reward of wide range drowns the others
     clip:    A in [-5, 5]
 
 NaN is left out of mean and std, and such a sample's A_r is 0. A group whose std in a reward is under min_std gives 0
@@ -36,7 +37,7 @@ FUSE = ("advantage", "reward")
 
 
 def turn_scores(r, aggregate="mean", spread="trajectory"):
-    """What samples of a group are compared by: rewards r (B, G, K, R) -> S (B, G, 1, R), or (B, G, K, R) by turn."""
+    """What samples of a group are compared by: rewards r (B, G, K, R) -> Q (B, G, 1, R), or (B, G, K, R) by turn."""
     if spread == "trajectory":
         return AGGREGATE[aggregate](r)[:, :, None]
     if spread == "turn":
@@ -45,27 +46,27 @@ def turn_scores(r, aggregate="mean", spread="trajectory"):
     return torch.stack([r[:, :, k:].mean(2) for k in range(K)], 2)
 
 
-def group_std(S):
-    """Mean and standard deviation over dim 1, the group, NaN left out: S (B, G, ...) -> two of (B, 1, ...)."""
-    judged = ~S.isnan()
+def group_std(Q):
+    """Mean and standard deviation over dim 1, the group, NaN left out: Q (B, G, ...) -> two of (B, 1, ...)."""
+    judged = ~Q.isnan()
     n = judged.sum(1, keepdim=True).clamp(min=1)
-    mean = S.nan_to_num().sum(1, keepdim=True) / n
-    centred = torch.where(judged, S - mean, 0.)
+    mean = Q.nan_to_num().sum(1, keepdim=True) / n
+    centred = torch.where(judged, Q - mean, 0.)
     return mean, (centred.square().sum(1, keepdim=True) / n).sqrt()
 
 
-def group_normalize(S, min_std=.02):
-    """(S - mean) / (std + 1e-4) over dim 1, the group: S (B, G, ...) -> A (B, G, ...), valid (B, G, ...) bool.
+def group_normalize(Q, min_std=.02):
+    """(Q - mean) / (std + 1e-4) over dim 1, the group: Q (B, G, ...) -> A (B, G, ...), valid (B, G, ...) bool.
 
     NaN gets A = 0. A group gives 0 throughout, and is not valid, where its std is under `min_std` (nothing to learn but
     noise) or more than half of it is NaN.
     """
-    judged = ~S.isnan()
-    mean, std = group_std(S)
-    enough = 2 * judged.sum(1, keepdim=True) >= S.shape[1]
+    judged = ~Q.isnan()
+    mean, std = group_std(Q)
+    enough = 2 * judged.sum(1, keepdim=True) >= Q.shape[1]
     spread_out = std >= max(min_std, 1e-8)                                        # 1e-8: equal scores, but for rounding
     valid = judged & enough & spread_out
-    return torch.where(valid, (S - mean) / (std + 1e-4), 0.), valid
+    return torch.where(valid, (Q - mean) / (std + 1e-4), 0.), valid
 
 
 def advantages(r, weights, aggregate="mean", fuse="advantage", spread="trajectory", min_std=.02, clip=5.):
@@ -83,16 +84,16 @@ def advantages(r, weights, aggregate="mean", fuse="advantage", spread="trajector
         raise ValueError(f"{weights.numel()} weights for {r.shape[3]} rewards")
     counts = weights != 0
     weights = weights[counts] / weights.abs().sum()                               # only their proportions matter
-    S = turn_scores(r.double()[..., counts], aggregate, spread)
+    Q = turn_scores(r.double()[..., counts], aggregate, spread)
 
     if fuse == "advantage":
-        A_r, valid_r = group_normalize(S, min_std)
+        A_r, valid_r = group_normalize(Q, min_std)
         A, used = (A_r * weights).sum(-1), valid_r.any(-1)
         if used.any():
             batch_std = A[used].square().mean().sqrt()
             A = A / batch_std.clamp(min=.1)
     else:
-        A, used = group_normalize((S * weights).sum(-1), min_std)
+        A, used = group_normalize((Q * weights).sum(-1), min_std)
 
     K = r.shape[2]
     return A.clamp(-clip, clip).float().expand(-1, -1, K), used.expand(-1, -1, K)

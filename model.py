@@ -2,7 +2,8 @@
 
     editor = load("shapes/editor")                     # a folder or hub id of one of the pipelines in FAMILIES
     add_lora(editor, rank=64, alpha=128)               # rank 0: train the whole transformer
-    cond = editor.condition(instructions, pictures)    # text, once per distinct instruction
+    text, index = editor.condition(instructions, pictures)                # once per distinct instruction; row -> which
+    cond = {name: value[index].to(editor.device) for name, value in text.items()}
     context = editor.encode(pictures)                  # (S, N, C)
     v = editor.velocity(x, t, cond, context, size)     # (S, N, C)
     pictures = editor.decode(x, size)                  # (S, 3, H, W) uint8
@@ -61,7 +62,7 @@ class Editor:
     lora_targets = {"attention": ATTENTION}      # name of a list -> how the names of the Linears end that LoRA wraps
     memory_format = torch.channels_last          # of pictures: convolutions run several times faster on CPUs
     video = False                                # is the VAE one for video?
-    fast = False                                 # let a CPU multiply in bfloat16: training that ends where it did
+    fast = False                                 # let a CPU multiply in bfloat16, as --bf16 asks
     sharded = False                              # has shard() spread the frozen weights over the processes?
 
     def __init__(self, pipe, device, guidance=None, offload=False, max_text=None, shard=False):
@@ -235,7 +236,7 @@ class Editor:
 
     @contextmanager
     def merged(self):
-        """Make W + s B A once for all forwards of this weight set in here, whose gradients reach A and B at the end.
+        """Make W + s B A once for all forwards of this weight set in here. Gradients reach A and B when it is left.
 
         In float32 only: in bfloat16 the sum would round B A away. Nothing is changed that would have to be undone.
         """
@@ -568,8 +569,8 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         if self.base.weight.dtype == torch.float32:
             # one product of x, not three; in bfloat16 W + B A would round B A away
-            useless = self.merged is None or (torch.is_grad_enabled() and not self.merged.requires_grad)
-            return F.linear(x, self.weight() if useless else self.merged, self.base.bias)
+            unfit = self.merged is None or (torch.is_grad_enabled() and not self.merged.requires_grad)
+            return F.linear(x, self.weight() if unfit else self.merged, self.base.bias)
         return self.base(x) + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
 
 

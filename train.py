@@ -46,6 +46,7 @@ WEIGHT_DECAY, GRAD_NORM = 1e-4, 1.                # of AdamW(.9, .999); gradient
 MAX_FAILED = .5                                   # share of a step's turns that the judge may fail on
 MAX_SKIPPED, MAX_UNINFORMED = 10, 20              # in a row: gradients that are not finite, steps without information
 RATIO_STOP, RATIO_WARN = .5, .02                  # how far from 1 the first ratio may be, as a share of --clip
+ECHO = 2                                          # seconds in which a second signal counts as the first
 FAR = .01                                         # mean (v - v_old)^2 of about ten steps, above which NFT runs away
 
 
@@ -61,7 +62,7 @@ class Config:
     resume: bool = option(False, "continue the run in --out", switch=True)
     save_every: int = option(10, "steps between checkpoints and contact sheets", low=1)
     val_tasks: int = option(300, "validation tasks of the closing table; 0 = no table", low=0)
-    seed: int = option(0, "every random number of the run is a function of it", low=0, high=10 ** 9)
+    seed: int = option(0, "of LoRA, tasks and noise of training; validation has its own", low=0, high=10 ** 9)
 
     model: str = option("shapes/editor", "a diffusers folder or hub id", group="the editor")
     guidance: float = option(2.5, "guidance scale in rollout, update and evaluation alike", low=0)
@@ -69,7 +70,7 @@ class Config:
     shard: bool = option(False, "spread the frozen base over the processes; each gathers it block by block")
     lora: str = option("", "LoRA to start from: a file or folder in diffusers' layout; empty = a fresh one")
     lora_rank: int = option(64, "rank of a fresh LoRA; 0 = train the whole transformer", low=0)
-    lora_alpha: int = option(64, "its scale is alpha / rank", above=0)
+    lora_alpha: int = option(64, "its scale is alpha / rank: change both together", above=0)
     lora_targets: str = option("every",
                                "which Linears get one: attention, all (the family's list), every, or ends of names")
 
@@ -91,7 +92,7 @@ class Config:
     reasoning: str = option("logits", "expectation over the digits, a generated digit, or thinking first",
                             list(reward.ANSWERS))
     votes: int = option(1, "answers averaged for a score, if they are generated", low=1)
-    judge_workers: int = option(32, "requests to a server at a time; rows in one forward of a judge in process", low=1)
+    judge_workers: int = option(32, "requests of each process at a time; rows in one forward of a judge in process", low=1)
 
     aggregate: str = option("mean", "turn scores -> trajectory score; whole = the judge is asked once, about all turns",
                             list(AGGREGATE), group="advantages")
@@ -178,7 +179,7 @@ def learn(run, cfg):
             # 3. Advantages (B, G, K): every sample against the other samples of its own task.
             A, used = advantages(r, run.weights, cfg.aggregate, cfg.fuse, cfg.spread, cfg.min_std)
 
-            # 4. Update: an optimizer step on each part of the tasks; the first is exactly on-policy.
+            # 4. Update: an optimizer step on each part of the tasks; GRPO's first is exactly on-policy.
             with timed(seconds, "update", device):
                 A_rows, used_rows = A[mine].flatten(0, 1), used[mine].flatten(0, 1)
                 info = update(editor, trajectory, A_rows, used_rows, run.optimizer, cfg, step, share)
@@ -328,10 +329,11 @@ LOGGED = {"grpo": ["loss", "log_ratio", "clip_fraction"], "nft": ["loss", "old_d
 
 
 def micro_batches(part, used, needed, K, micro, whole):
-    """(rows, turn) of one update, as many in a forward as in the rollout; samples that are not used are left out.
+    """(rows, turn) of one update, `micro` rows at a time as in the rollout.
 
-    `needed`: those for which a forward is made, here or in another process that this one must keep up with: used ones
-    at least. `whole`: a forward is left out as a whole or not at all.
+    A batch in which no row is `needed` is left out. Of the others only the used rows are kept; but the batch stays whole
+    if `whole` (in bfloat16 it rounds as one, and must be the rollout's), or if none is used here (another process's
+    sharded forward needs this one's).
     """
     for batch in part.split(micro):
         for k in range(K):
@@ -457,8 +459,8 @@ def step_metrics(step, r, seen, A, used, info, seconds, run, cfg):
             for k in range(cfg.turns):
                 metrics[f"{prefix}/{name}_turn{k + 1}"] = scores[:, :, k, m].nanmean().item()
 
-    S = turn_scores(r, cfg.aggregate, cfg.spread)
-    std, valid = group_std(S)[1], group_normalize(S, cfg.min_std)[1].any(1)
+    Q = turn_scores(r, cfg.aggregate, cfg.spread)
+    std, valid = group_std(Q)[1], group_normalize(Q, cfg.min_std)[1].any(1)
     for m, name in enumerate(run.judge.names):
         metrics[f"group_std/{name}"] = std[..., m].mean().item()
         metrics[f"teaches/{name}"] = valid[..., m].float().mean().item()
@@ -599,6 +601,8 @@ def check_out(cfg):
     data.check_folder(out)
     if there and not cfg.resume:
         raise ValueError(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
+    if not there and any(file.name != "step_000000.pt" for file in checkpoints(out)):
+        raise ValueError(f"--out {out} holds checkpoints and no config.json: move them away, or choose another folder")
     if cfg.resume and not there:
         raise ValueError(f"--resume: {out} holds no run")
     if cfg.resume:
@@ -607,15 +611,18 @@ def check_out(cfg):
             raise ValueError(f"--resume: {out / 'checkpoint'} holds no checkpoint; nothing was changed")
 
 
-FREE = {"steps", "resume", "out", "save_every", "judge_workers", "shard"}        # may differ on --resume
+# May differ on --resume; of what is behind a path or an address, the content may not.
+FREE = {"steps", "resume", "out", "save_every", "judge_workers", "shard", "offload"}
+PLACES = {"model", "lora", "data", "judge"}
 
 
 def same_as_before(before, now, out):
     """ValueError if a run is to be resumed with another config, or other contents behind the same names."""
     changed = [f"{name} {before.get(name)!r} -> {value!r}" for name, value in now.items()
-               if name not in FREE and before.get(name) != value]
+               if name not in FREE | PLACES and before.get(name) != value]
     if changed:
-        raise ValueError(f"--resume: the run in {out} was started with another config: {', '.join(changed)}")
+        raise ValueError(f"--resume: the run in {out} was started with another config: {', '.join(changed)} "
+                         "(give the command that started it, and --resume)")
 
 
 def check_alike(editor, done, cfg, share, device):
@@ -642,7 +649,8 @@ def open_run(cfg, judge, editor, optimizer):
         same_as_before(before, contents, out)
         done = restore(editor, optimizer, out, lambda words: print(words, file=sys.stderr, flush=True))
         keep_lines(out / "metrics.jsonl", done)
-        model.write_text(out / "config.json", json.dumps(before | {"steps": cfg.steps}, indent=1))
+        now = {name: value for name, value in asdict(cfg).items() if name in PLACES | {"steps"}}
+        model.write_text(out / "config.json", json.dumps(before | now, indent=1))
         if not (out / model.LORA_FILE).exists():
             model.save_weights(editor, out, "ema")
         return done
@@ -659,14 +667,19 @@ def keep_lines(path, n):
 
 @contextmanager
 def interruptible(loud=True):
-    """Note SIGINT and SIGTERM in a list, so that the step is finished and saved; a second one ends the run at once."""
-    caught = []
+    """Note SIGINT and SIGTERM in a list, so that the step is finished and saved; a later one ends the run at once."""
+    caught, since = [], time.monotonic()
 
     def note(number, frame):
+        nonlocal since
         data.leave_if_another_died(number)
-        if caught:
+        # A scheduler may signal every process, and torchrun passes on its own: that is one wish.
+        if caught and time.monotonic() - since > ECHO:
             os._exit(128 + number)
+        if caught:
+            return
         caught.append(number)
+        since = time.monotonic()
         # a judge's server may take minutes to end the step; not print(), which this may have interrupted
         name = signal.Signals(number).name
         if loud:

@@ -805,3 +805,15 @@ def test_a_cpu_multiplies_in_bfloat16_where_that_is_faster(amx, avx512_bf16, amd
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16, raising=False)
     monkeypatch.setattr(model, "made_by_amd", lambda: amd)
     assert model.multiplies_in_bfloat16(device) is yes
+
+
+def test_the_example_at_the_top_of_the_file_runs(monkeypatch):
+    """Catches: a line that a reader copies, and that fails."""
+    monkeypatch.chdir(ROOT)
+    code = "\n".join(line.strip() for line in model.__doc__.splitlines() if line.startswith("    "))
+    task, size = make_tasks(1)[0], (48, 48)
+    source = torch.from_numpy(np.array(task.picture())).permute(2, 0, 1)[None].expand(3, -1, -1, -1)
+    names = vars(model) | {"instructions": task.instructions[:1] * 2 + ["Add a red star"], "pictures": source,
+                           "size": size, "x": torch.randn(3, 9, 64), "t": torch.full((3,), .5)}
+    exec(code, names)
+    assert names["v"].shape == (3, 9, 64) and names["pictures"].shape == source.shape and "old" in names["editor"].sets

@@ -461,7 +461,10 @@ def test_ctrl_c_ends_a_script_whose_server_is_silent(script, tmp_path):
             time.sleep(.3)
             process.send_signal(signal.SIGINT)
             if script == "train.py":
-                time.sleep(.5)
+                # a scheduler and torchrun both pass it on
+                time.sleep(.3)
+                process.send_signal(signal.SIGINT)
+                time.sleep(train.ECHO + .3)
                 assert process.poll() is None, "the step was not waited for"
                 process.send_signal(signal.SIGINT)
             start = time.perf_counter()

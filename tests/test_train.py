@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -936,6 +937,22 @@ def test_a_lora_that_is_gone_is_written_again(tmp_path, judge):
     assert (tmp_path / model.LORA_FILE).read_bytes() == lora
 
 
+def test_a_run_goes_on_when_what_it_reads_has_moved(tmp_path, judge):
+    """Catches: a resume refused, or later an evaluation of pictures that are gone, since a folder has another name."""
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        Image.effect_noise((48, 48), 90).convert("RGB").save(tmp_path / place / "a.png")
+        (tmp_path / place / "tasks.jsonl").write_text(PICTURE * 6)
+    shutil.copy(tmp_path / "here" / "a.png", tmp_path / "there")
+    run, options = tmp_path / "run", dict(resolution=48, steps=1)
+    train.main(config(run, **options, data=tmp_path / "here" / "tasks.jsonl"))
+    (tmp_path / "here" / "tasks.jsonl").unlink()
+    options |= dict(steps=2, resume=True)
+    train.main(config(run, **options, data=tmp_path / "there" / "tasks.jsonl"))
+    assert len(metrics(run)) == 2
+    assert json.loads((run / "config.json").read_text())["data"] == str(tmp_path / "there" / "tasks.jsonl")
+
+
 def test_a_run_is_not_resumed_with_other_contents_behind_the_same_names(tmp_path, judge):
     """Catches: instructions, a rubric or a LoRA changed in place between two halves of one run."""
     Image.effect_noise((48, 48), 90).convert("RGB").save(tmp_path / "a.png")
@@ -1125,6 +1142,12 @@ def test_a_run_is_never_overwritten(tmp_path, judge):
     train.main(config(tmp_path / "run", steps=1))
     before = digest(tmp_path)
     assert "already holds a run" in refused("train.py", *flags(tmp_path / "run", steps=1))
+    # weights of a run whose config.json somebody has moved are nobody's to go on from
+    (tmp_path / "run" / "config.json").rename(tmp_path / "config.json")
+    for more in ({}, {"resume": True}):
+        line = refused("train.py", *flags(tmp_path / "run", steps=1, **more))
+        assert line.endswith("holds checkpoints and no config.json: move them away, or choose another folder")
+    (tmp_path / "config.json").rename(tmp_path / "run" / "config.json")
     line = refused("train.py", *flags(tmp_path / "run", steps=4, resume=True, lr=.5, group=4))
     assert re.search("group 2 -> 4.*lr 0.001 -> 0.5", line) and "steps" not in line
     assert digest(tmp_path) == before
