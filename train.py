@@ -92,7 +92,7 @@ class Config:
     reasoning: str = option("logits", "expectation over the digits, a generated digit, or thinking first",
                             list(reward.ANSWERS))
     votes: int = option(1, "answers averaged for a score, if they are generated", low=1)
-    judge_workers: int = option(32, "requests of each process at a time; rows in one forward of a judge in process", low=1)
+    judge_workers: int = option(32, "requests of a process at a time; rows in one forward of a judge in process", low=1)
 
     aggregate: str = option("mean", "turn scores -> trajectory score; whole = the judge is asked once, about all turns",
                             list(AGGREGATE), group="advantages")
@@ -331,9 +331,9 @@ LOGGED = {"grpo": ["loss", "log_ratio", "clip_fraction"], "nft": ["loss", "old_d
 def micro_batches(part, used, needed, K, micro, whole):
     """(rows, turn) of one update, `micro` rows at a time as in the rollout.
 
-    A batch in which no row is `needed` is left out. Of the others only the used rows are kept; but the batch stays whole
-    if `whole` (in bfloat16 it rounds as one, and must be the rollout's), or if none is used here (another process's
-    sharded forward needs this one's).
+    A batch in which no row is `needed` is left out. Of the others only the used rows are kept; but the batch stays
+    whole if `whole` (in bfloat16 it rounds as one, and must be the rollout's), or if none is used here (another
+    process's sharded forward needs this one's).
     """
     for batch in part.split(micro):
         for k in range(K):

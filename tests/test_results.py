@@ -36,7 +36,7 @@ def held(arms):
     for name, of_study in arms.items():
         for a, metrics in of_study.items():
             for b in of_study:
-                for _, metric, turn in columns:
+                for _, metric, turn in [column for column in columns if column[1] in metrics]:
                     draws = study_report.at(metrics[metric], turn)
                     if a != b:
                         draws = draws - study_report.at(of_study[b][metric], turn)
