@@ -1142,7 +1142,7 @@ def test_eval_on_pictures_of_ones_own(run, tmp_path, monkeypatch):
     Image.effect_noise((60, 50), 90).convert("RGB").save(tmp_path / "a.png")
     Image.effect_noise((50, 90), 90).convert("RGB").save(tmp_path / "b.png")
     (tmp_path / "tasks.jsonl").write_text('{"image": "a.png", "instructions": ["Add a ring", "Remove the ring"]}\n'
-                                          '{"image": "b.png", "instructions": ["Add a ring", "Make it night"]}\n')
+                                          '{"image": "b.png", "instructions": ["Add a ring", "Turn day into night"]}\n')
     code, out, _ = run_script("eval.py", "--run", run, "--data", tmp_path / "tasks.jsonl", "--judge", "x",
                               "--resolution", 48, "--out", tmp_path / "out")
     result = check_results(tmp_path / "out", out, ["base", "tuned"], 2)
