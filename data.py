@@ -138,13 +138,21 @@ def alone(task, k, scene=None):
     return Task(task.image, meta=meta, size=task.size, **turn)
 
 
-_USUAL = """add make change turn replace remove delete take away move place put swap paint color colour background
-    material position count text image picture photo scene with from into onto that this the and for left right above
-    below under over near next behind front side have keep more red blue green yellow black white brown gray grey pink
-    orange purple wooden wood metal plastic glass leather fabric dark light large small"""
+def _words(text):
+    return {word.rstrip("s") for word in re.findall(r"\w{3,}", text.lower())}
+
+
+_USUAL = _words("""
+    add make change turn replace remove delete take away move place put swap paint color colour background
+    material position count text image picture photo scene with from into onto that this the and for left right
+    above below under over near next behind front side have keep more red blue green yellow black white brown
+    gray grey pink orange purple wooden wood metal plastic glass leather fabric dark light large small""")
 _PRONOUNS = {"it", "its", "they", "them", "their", "he", "him", "his", "she", "her", "one"}
 # after these kinds of edit something has a new name
 _MAKES = ("", "subject_add", "subject_replace", "color_alter", "material_alter", "background_change", "text_change")
+# where an instruction also names what stays: which part of it says what is new
+_NEW = {"background_change": lambda text: text.split(",")[0],              # "... to a beach, keep the dog"
+        "text_change": lambda text: re.split(r" to | with ", text)[-1]}    # "... the text on the shirt with SALE"
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")       # Thai, Lao, Japanese, Chinese
 
 
@@ -153,15 +161,12 @@ def _speaks_of_earlier(task, k):
 
     So does one with a pronoun, and one in a script that sets no spaces between words.
     """
-    def words(text):
-        return {word.rstrip("s") for word in re.findall(r"\w{3,}", text.lower())}
     text = task.instructions[k].lower()
     if k > 0 and (_UNSPACED.search(text) or _PRONOUNS.intersection(re.findall(r"\w+", text))):
         return True
     for earlier, kind in zip(task.instructions[:k], task.kinds):
-        # what follows in "Change the background to a beach, keep the dog" is what stays
-        made = earlier.split(",")[0] if kind == "background_change" else earlier
-        if kind in _MAKES and (words(text) & words(made)) - words(_USUAL):
+        made = _NEW[kind](earlier) if kind in _NEW else earlier
+        if kind in _MAKES and (_words(text) & _words(made)) - _USUAL:
             return True
     return False
 

@@ -291,9 +291,8 @@ class LocalJudge(VLMJudge):
         self.model_digest = files or (path, self.model.config._commit_hash)
         # On a CPU it works in the caller's thread: a second set of OpenMP threads would slow both down. On a GPU of
         # several a new thread would start on the first one.
-        select = torch.cuda.set_device if self.device.type == "cuda" and self.device.index else None
-        options = dict(initializer=select, initargs=[self.device]) if select else {}
-        self.thread = None if self.device.type == "cpu" else ThreadPoolExecutor(1, **options)
+        here = dict(initializer=torch.cuda.set_device, initargs=[self.device.index or 0])
+        self.thread = None if self.device.type == "cpu" else ThreadPoolExecutor(1, **here)
         trial = self.prompt(*TRIAL)
         inputs = self.prepare([trial])
         # LLaVA's form: a row of pixels for a picture, and nothing else. On a GPU there may be no memory to spare.

@@ -668,15 +668,15 @@ def keep_lines(path, n):
 @contextmanager
 def interruptible(loud=True):
     """Note SIGINT and SIGTERM in a list, so that the step is finished and saved; a later one ends the run at once."""
-    caught, since = [], time.monotonic()
+    caught, since = [], 0.
 
     def note(number, frame):
         nonlocal since
         data.leave_if_another_died(number)
         # A scheduler may signal every process, and torchrun passes on its own: that is one wish.
-        if caught and time.monotonic() - since > ECHO:
-            os._exit(128 + number)
         if caught:
+            if time.monotonic() - since > ECHO:
+                os._exit(128 + number)
             return
         caught.append(number)
         since = time.monotonic()

@@ -159,12 +159,9 @@ def lost_table(arms, turns):
             for k in range(1, K):
                 cells[k] = f"{with_bounds(values, 'wear', k)} (n = {n[k]})" if n[k] else "–"
             rows.append([arm, "wear", *cells])
-            if K > 1:
-                pooled = with_bounds(values, "wear_pooled", 0)
-                rows.append([arm, f"wear, turns 2 to {K} pooled", *[""] * (K - 1), pooled])
-            if K > 1 and "propagation" in values:
-                pooled = with_bounds(values, "propagation_pooled", 0)
-                rows.append([arm, f"propagation, turns 2 to {K} pooled", *[""] * (K - 1), pooled])
+            for metric in [metric for metric in ("wear", "propagation") if metric in values and K > 1]:
+                pooled = with_bounds(values, f"{metric}_pooled", 0)
+                rows.append([arm, f"{metric}, turns 2 to {K} pooled", *[""] * (K - 1), pooled])
             rows += metric_rows({arm: values}, {"CC_self": "CC, own outputs", "CC_clean": "CC, clean context"})
         if "nothing" in values:
             drift = ["–" if x is None else f"{x:.2f}" for x in values["nothing"]]

@@ -273,21 +273,12 @@ def tell_consistency(scenes, seen, seen_before, j):
 
     Where an earlier edit was, the picture before is what counts; where that cannot be read, nobody can tell.
     """
-    original, before, want = scenes[0], *scenes[-2:]
-    grounds, changed = list(world.BACKGROUNDS), []
-    for i, place in enumerate(world.PLACES):
-        if before.cells[i] == want.cells[i]:
-            target = world.CONTENTS.index(original.cells[i])
-            if original.cells[i] != before.cells[i]:
-                target = seen_before.contents[j, i]
-            if target >= 0 and seen.contents[j, i] != target:
-                changed.append(place)
-    if before.background == want.background:
-        target = grounds.index(original.background)
-        if original.background != before.background:
-            target = seen_before.background[j]
-        if target >= 0 and seen.background[j] != target:
-            changed.append("background")
+    grounds, cells = world.encode_scenes([scenes[0], *scenes[-2:]])                # the original, before, wanted
+    original, before, want = np.column_stack([cells, grounds])                     # (10,) each, the ground comes last
+    now, then = (np.append(reading.contents[j], reading.background[j]) for reading in (seen, seen_before))
+    target = np.where(original == before, original, then)
+    wrong = (before == want) & (target >= 0) & (now != target)
+    changed = [what for what, is_wrong in zip([*world.PLACES, "background"], wrong) if is_wrong]
     blur = np.median(seen.distance[j].min(1))
     return f"changed {' '.join(changed) or 'nothing'} {sharpness(blur)}"
 

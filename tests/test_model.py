@@ -811,9 +811,10 @@ def test_the_example_at_the_top_of_the_file_runs(monkeypatch):
     """Catches: a line that a reader copies, and that fails."""
     monkeypatch.chdir(ROOT)
     code = "\n".join(line.strip() for line in model.__doc__.splitlines() if line.startswith("    "))
-    task, size = make_tasks(1)[0], (48, 48)
-    source = torch.from_numpy(np.array(task.picture())).permute(2, 0, 1)[None].expand(3, -1, -1, -1)
-    names = vars(model) | {"instructions": task.instructions[:1] * 2 + ["Add a red star"], "pictures": source,
+    tasks, size = make_tasks(3), (48, 48)
+    source = stack_images(tasks)
+    first, _, last = (task.instructions[0] for task in tasks)
+    names = vars(model) | {"instructions": [first, first, last], "pictures": source,
                            "size": size, "x": torch.randn(3, 9, 64), "t": torch.full((3,), .5)}
     exec(code, names)
     assert names["v"].shape == (3, 9, 64) and names["pictures"].shape == source.shape and "old" in names["editor"].sets

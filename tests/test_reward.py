@@ -20,7 +20,7 @@ import data
 import model
 import reward
 from fixtures import ROOT, make_tasks, refused, run_script
-from rollout import Task
+from rollout import Task, stack_images
 from shapes import world
 
 
@@ -496,7 +496,7 @@ def test_answers_are_the_models_own(tmp_path):
     settings |= {"repetition_penalty": 5., "top_k": 1, "top_p": .1, "temperature": .01, "max_new_tokens": 3}
     (other / "generation_config.json").write_text(json.dumps(settings))
     tasks = make_tasks(8)
-    images = torch.stack([torch.from_numpy(np.array(task.picture())).permute(2, 0, 1) for task in tasks])
+    images = stack_images(tasks)
     images = torch.stack([images, images.flip(3)], 1)
     for votes in (1, 4):
         plain, given = (reward.load(str(path), reasoning="think", votes=votes) for path in (shipped, other))
