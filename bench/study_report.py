@@ -298,8 +298,9 @@ def draw(study, arms, curves, columns, path):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e6e6e6")
         axes.set_axisbelow(True)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
+    # The arms have the same colours on the right.
+    for axes in (left, middle):
+        axes.legend(frameon=False, fontsize=8)
     stream = io.BytesIO()
     picture.savefig(stream, dpi=110)
     # in 256 colours: a third of the size
@@ -331,21 +332,25 @@ def paint_differences(axes, compared, arms, columns):
 
 
 def paint_training(axes, study, curves):
-    """Following of the samples trained on, as the referee saw it, and (dotted) the judge that is trained on."""
+    """Following of the samples trained on, as the referee saw it, and (dotted) the judge that is trained on.
+
+    Every step has other tasks, the same in all arms: running means over an eighth of the steps tell the arms apart.
+    """
     clock = study["clock"]
-    axes.set(title="following in training: referee -, judge ...", xlabel=clock or "step")
     for j, arm in enumerate(study["arms"]):
         of_arm = [curves[f"{arm}-{seed}"] for seed in study["seeds"]]
         steps = range(min(len(rows) for rows in of_arm))
+        width = max(1, len(steps) // 8)
         x = [step + 1 for step in steps]
         if clock:
             x = np.mean([spent(rows, clock)[:len(steps)] for rows in of_arm], 0)
-        axes.plot([], [], color=color(j + 1), label=arm)
         for column, style in (("referee/following", "-"), ("reward/following", ":")):
             y = [mean_of([rows[i].get(column) for rows in of_arm]) for i in steps]
             if any(value is not None for value in y):
                 y = [np.nan if value is None else value for value in y]
-                axes.plot(x, y, color=color(j + 1), ls=style, lw=1.2)
+                means = np.convolve(y, np.ones(width) / width, "valid")
+                axes.plot(x[width - 1:], means, color=color(j + 1), ls=style, lw=1.2)
+    axes.set(title=f"following in training: referee -, judge ...\n(means of {width} steps)", xlabel=clock or "step")
 
 
 def write_report(folder):
