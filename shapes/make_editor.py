@@ -5,8 +5,8 @@
 
 The result is a FluxKontextPipeline folder: FluxTransformer2DModel, AutoencoderKL, CLIP and T5 text encoders, all tiny.
 It is an honest base model: it sees clean single edits only, never its own outputs, so it is good at one edit and falls
-apart over three by itself. How good it gets is a matter of the number of steps, and of chance: another machine rounds in
-another way, so look where a new one stands before you build on it (eval.py --model).
+apart over three by itself. How good it gets is a matter of the number of steps, and of chance: another machine rounds
+in another way. So look where a new one stands before you build on it (eval.py --model).
 """
 import argparse
 import json
