@@ -298,9 +298,9 @@ def draw(study, arms, curves, columns, path):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e6e6e6")
         axes.set_axisbelow(True)
-    # The arms have the same colours on the right.
-    for axes in (left, middle):
-        axes.legend(frameon=False, fontsize=8)
+        # none on the right, where the arms have the colours they have on the left
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
     stream = io.BytesIO()
     picture.savefig(stream, dpi=110)
     # in 256 colours: a third of the size
@@ -345,9 +345,9 @@ def paint_training(axes, study, curves):
         if clock:
             x = np.mean([spent(rows, clock)[:len(steps)] for rows in of_arm], 0)
         for column, style in (("referee/following", "-"), ("reward/following", ":")):
-            y = [mean_of([rows[i].get(column) for rows in of_arm]) for i in steps]
-            if any(value is not None for value in y):
-                y = [np.nan if value is None else value for value in y]
+            # in floats None is NaN
+            y = np.array([mean_of([rows[i].get(column) for rows in of_arm]) for i in steps], float)
+            if not np.isnan(y).all():
                 means = np.convolve(y, np.ones(width) / width, "valid")
                 axes.plot(x[width - 1:], means, color=color(j + 1), ls=style, lw=1.2)
     axes.set(title=f"following in training: referee -, judge ...\n(means of {width} steps)", xlabel=clock or "step")
