@@ -61,6 +61,7 @@ class Study(NamedTuple):
 LONG = "--steps 80"
 # A KL term that holds it, and as many small steps as 133 of the default's in samples and updates.
 HELD = "--kl .5 --updates 1 --steps 400"
+HELD_GRPO = "--kl .001 --updates 1 --steps 400"
 # As many edits of eight samples each in a step as by default, 72, however long the dialogues are (K = 5: 75 or 70).
 K1, K3, K5 = "--turns 1 --tasks 72", "", "--turns 5 --tasks 15"
 K5_GRPO = "--turns 5 --tasks 14"         # its two updates divide them
@@ -94,6 +95,17 @@ STUDIES = {
         ["IF_3", "O_3", "O_5", "CC_3", "possible", "room_3", "M_clean"],
         {"k1": f"--algo nft --turns 1 --tasks 24 {HELD}",
          "k3": f"--algo nft --tasks 8 {HELD}"}),
+    "planning-grpo": Study(
+        "The same by GRPO: do three turns teach to plan, and single edits not?",
+        ["IF_3", "O_3", "O_5", "CC_3", "possible", "room_3", "M_clean"],
+        {"k1": f"--algo grpo --turns 1 --tasks 24 {HELD_GRPO}",
+         "k3": f"--algo grpo --tasks 8 {HELD_GRPO} --spread togo"}),
+    "grpo-kl": Study(
+        "How much of GRPO's way is a walk that no reward asks for: what does a KL term keep, and what does it cost?",
+        ["IF_3", "O_3", "O_5", "CC_3", "CC_5"],
+        {"kl0": "--algo grpo",
+         "kl.001": "--algo grpo --kl .001",
+         "kl.003": "--algo grpo --kl .003"}),
     "credit": Study(
         "Does the broadcast of the trajectory's advantage bridge local planning and global success?",
         ["IF_3", "O_3", "O_5", "room_3"],

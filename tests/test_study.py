@@ -54,8 +54,8 @@ def lines_of(file):
 
 def test_every_arm_is_possible_and_has_as_many_edits_and_updates_as_the_others():
     """Catches: a flag that train.py has no more, or refuses; an arm that gets more to learn from than another."""
-    assert set(study.STUDIES) == {"turns", "longer", "planning", "credit", "credit-longer", "aggregate", "fusion",
-                                  "reasoning", "algorithms"}
+    assert set(study.STUDIES) == {"turns", "longer", "planning", "planning-grpo", "credit", "credit-longer", "aggregate",
+                                  "fusion", "reasoning", "algorithms", "grpo-kl"}
     for name, one in study.STUDIES.items():
         edits, samples = set(), set()
         for arm, words in one.arms.items():
@@ -64,7 +64,8 @@ def test_every_arm_is_possible_and_has_as_many_edits_and_updates_as_the_others()
             train.divide(cfg, 0, 1)
             edits.add((cfg.turns == 5, cfg.tasks * cfg.group * cfg.turns))
             samples.add((cfg.algo, cfg.updates, cfg.steps, cfg.lr, cfg.min_std))
-            steps = {"longer": 80, "planning": 400, "credit-longer": 400}.get(name, study.STEPS)
+            long = {"longer": 80} | dict.fromkeys(("planning", "planning-grpo", "credit-longer"), 400)
+            steps = long.get(name, study.STEPS)
             assert cfg.val_tasks == 0 and cfg.seed == 1 and cfg.steps == steps
         # 72 tasks' worth; five turns come nearest to it with 75 (NFT) and 70 (GRPO), which their updates divide
         usual = {(False, 72 * 8), (True, 75 * 8), (True, 70 * 8)}
