@@ -57,7 +57,7 @@ class Study(NamedTuple):
     cosine: bool = False     # measure the gradients' cosine as well
 
 
-# What is learned late is trained for longer: leaving room pays off turns later. From step 80 or so on NFT grew unstable.
+# What is learned late is trained for longer: leaving room pays off turns later. At step 80 or so NFT grows unstable.
 LONG = "--steps 80"
 # A KL term that holds it, and as many small steps as 133 of the default's in samples and updates.
 HELD = "--kl .5 --updates 1 --steps 400"
