@@ -59,9 +59,9 @@ class Study(NamedTuple):
 
 # What is learned late is trained for longer: leaving room pays off turns later. At step 80 or so NFT grows unstable.
 LONG = "--steps 80"
-# A KL term that holds it, and as many small steps as 133 of the default's in samples and updates.
-HELD = "--kl .5 --updates 1 --steps 400"
-HELD_GRPO = "--kl .001 --updates 1 --steps 400"
+# As many samples as in 133 of the default's steps, and a KL term: it holds NFT, and keeps GRPO from walking.
+SMALL = "--updates 1 --steps 400"
+HELD, HELD_GRPO = f"--kl .5 {SMALL}", f"--kl .001 {SMALL}"
 # As many edits of eight samples each in a step as by default, 72, however long the dialogues are (K = 5: 75 or 70).
 K1, K3, K5 = "--turns 1 --tasks 72", "", "--turns 5 --tasks 15"
 K5_GRPO = "--turns 5 --tasks 14"         # its two updates divide them
@@ -96,7 +96,7 @@ STUDIES = {
         {"k1": f"--algo nft --turns 1 --tasks 24 {HELD}",
          "k3": f"--algo nft --tasks 8 {HELD}"}),
     "planning-grpo": Study(
-        "The same by GRPO: do three turns teach to plan, and single edits not?",
+        "By GRPO, held by a weaker KL term: do three turns teach to plan, and single edits not?",
         ["IF_3", "O_3", "O_5", "CC_3", "possible", "room_3", "M_clean"],
         {"k1": f"--algo grpo --turns 1 --tasks 24 {HELD_GRPO}",
          "k3": f"--algo grpo --tasks 8 {HELD_GRPO} --spread togo"}),
